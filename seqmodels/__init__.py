@@ -1,0 +1,1 @@
+"""longseq: Mamba backbones for DNA and raw sound at lengths near a million tokens."""

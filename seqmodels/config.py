@@ -1,0 +1,281 @@
+"""Configurations: frozen dataclasses that say everything about a model, and their JSON form.
+
+A model is a `ModelConfig`: a backbone (flat or multi-scale), a head, and what its tokens mean. The backbone lists one
+mixer configuration per layer, so a hybrid is simply a list of different mixers.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from seqmodels.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig:
+    """Mamba (S6) mixer: a selective scan with a diagonal state per channel (Gu and Dao, 2023)."""
+
+    d_state: int = 16
+    "State size n per channel."
+    d_conv: int = 4
+    "Taps k of the short causal convolution."
+    expand: int = 2
+    "Inner width e = expand * d_model."
+    dt_rank: int | None = None
+    "Rank of the projection that makes dt; None means ceil(d_model / 16)."
+    dt_min: float = 0.001
+    "Smallest step size at initialisation."
+    dt_max: float = 0.1
+    "Largest step size at initialisation."
+    dt_init_floor: float = 1e-4
+    "Floor of the step size at initialisation."
+    conv_bias: bool = True
+    "Whether the convolution has a bias."
+    bias: bool = False
+    "Whether the input and output projections have a bias."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config:
+    """Mamba-2 (SSD) mixer: a scalar decay per head, computed in chunks as matrix products (Dao and Gu, 2024)."""
+
+    d_state: int = 128
+    "State size n per head channel."
+    d_conv: int = 4
+    "Taps k of the short causal convolution over x, B and C."
+    expand: int = 2
+    "Inner width e = expand * d_model."
+    head_dim: int = 64
+    "Channels p per head; must divide e."
+    n_groups: int = 1
+    "Groups g that share B and C; must divide the number of heads."
+    norm_groups: int | None = None
+    "Groups of the gated RMSNorm; None means n_groups, as in state-spaces/mamba (Hugging Face normalises in 1)."
+    A_init_range: tuple[float, float] = (1.0, 16.0)
+    "Range of -A at initialisation."
+    dt_min: float = 0.001
+    "Smallest step size at initialisation."
+    dt_max: float = 0.1
+    "Largest step size at initialisation."
+    dt_init_floor: float = 1e-4
+    "Floor of the step size at initialisation."
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    "Range to which the step size is clamped after softplus."
+    D_has_head_dim: bool = False
+    "Whether the skip D is per channel instead of per head."
+    gated_norm: bool = True
+    "Whether the gated RMSNorm follows the scan (otherwise y * silu(z))."
+    norm_before_gate: bool = False
+    "Whether that norm comes before the gate instead of after it."
+    conv_bias: bool = True
+    "Whether the convolution has a bias."
+    bias: bool = False
+    "Whether the input and output projections have a bias."
+    chunk_size: int = 64
+    "Steps q per chunk of the scan; changes speed, not results."
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Softmax attention with rotary positions (Su et al., 2021): full, or over a sliding window."""
+
+    num_heads: int
+    "Heads; must divide d_model into an even head size."
+    window: int | None = None
+    "Steps that each position sees, itself included; None means all."
+    causal: bool = True
+    "Whether a position sees only itself and the past."
+    rope_base: float = 10000.0
+    "Base of the rotary frequencies."
+    bias: bool = False
+    "Whether the projections have a bias."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RNNConfig:
+    """LSTM or GRU mixer, one layer, with an output projection: the recurrent baseline."""
+
+    cell: Literal["lstm", "gru"] = "lstm"
+    "Kind of cell."
+    expand: int = 1
+    "Hidden size = expand * d_model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class BidirectionalConfig:
+    """The same kind of mixer run forwards and on the reversed sequence, the two results added."""
+
+    mixer: "MambaConfig | Mamba2Config | RNNConfig"
+    "The mixer of both directions."
+    tie_projections: bool = False
+    "Whether both directions share the input and output projections (Caduceus; Mamba and Mamba-2 only)."
+
+
+MixerConfig = MambaConfig | Mamba2Config | AttentionConfig | RNNConfig | BidirectionalConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """A stack of pre-norm residual layers of one width."""
+
+    d_model: int
+    "Width d of the residual stream."
+    layers: tuple[MixerConfig, ...]
+    "One mixer per layer."
+    mlp_expand: float = 0.0
+    "Hidden width of a gated MLP after each mixer, in units of d_model; 0 means no MLP."
+    dropout: float = 0.0
+    "Dropout on each mixer's and MLP's result while training."
+    norm_epsilon: float = 1e-5
+    "Epsilon of the RMSNorms."
+    residual_in_fp32: bool = True
+    "Whether the residual stream is kept in float32 when activations are narrower."
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One resolution of a multi-scale backbone: blocks on the way down (or at the centre) and on the way up."""
+
+    d_model: int
+    "Width of this stage."
+    down: tuple[MixerConfig, ...]
+    "Mixers before pooling to the next stage; at the last stage, the centre's mixers."
+    up: tuple[MixerConfig, ...] = ()
+    "Mixers after the next stage's result has come back; empty at the last stage."
+    pool: int = 1
+    "Steps of this stage that make one step of the next; 1 at the last stage."
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiscaleConfig:
+    """A causal U-Net over time: coarser stages see pooled steps (SaShiMi; Goel et al., 2022)."""
+
+    stages: tuple[StageConfig, ...]
+    "Stages from the finest to the coarsest."
+    mlp_expand: float = 0.0
+    "As in BackboneConfig, for every stage."
+    dropout: float = 0.0
+    "As in BackboneConfig, for every stage."
+    norm_epsilon: float = 1e-5
+    "As in BackboneConfig."
+    residual_in_fp32: bool = True
+    "As in BackboneConfig."
+
+    @property
+    def d_model(self) -> int:
+        """Width of the finest stage, which meets the embedding and the head."""
+        return self.stages[0].d_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionConfig:
+    """A named label that a generative model is told: its values in order of their ids."""
+
+    name: str
+    "What the label is, for example 'digit' or 'speaker'."
+    values: tuple[str, ...]
+    "Names of the values; the id after the last one means 'not given'."
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """What is read off the backbone."""
+
+    task: Literal["next_token", "masked_token", "sequence", "position"]
+    "Next-token or masked-token logits, one label per sequence, or one label per position."
+    labels: tuple[str, ...] = ()
+    "Class names in order of their ids, for 'sequence' and 'position'."
+    pool: Literal["last", "mean", "max"] = "mean"
+    "How 'sequence' summarises the positions: the last real one, their mean, or their maximum."
+    dropout: float = 0.0
+    "Dropout before the classifier while training."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A whole model."""
+
+    vocab_size: int
+    "Number of token ids (rows of the embedding)."
+    backbone: BackboneConfig | MultiscaleConfig
+    "The shared backbone."
+    head: HeadConfig
+    "The head."
+    tie_embeddings: bool = True
+    "Whether next-token and masked-token logits reuse the embedding."
+    conditions: tuple[ConditionConfig, ...] = ()
+    "Labels added to every position, for prompted generation."
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    "What token ids mean, for example {'type': 'dna'} or {'type': 'mu_law', 'sample_rate': 8000, ...}."
+
+
+def to_dict(config: Any) -> Any:
+    """JSON-ready form of a configuration: each dataclass is an object whose `type` names its class."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"type": type(config).__name__.removesuffix("Config"), **fields}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(item) for item in config]
+    if isinstance(config, float) and math.isinf(config):
+        return "inf" if config > 0 else "-inf"  # JSON has no infinity
+    return config
+
+
+def from_dict(values: Any, where: str = "config") -> ModelConfig:
+    """The ModelConfig that `to_dict` wrote; an InputError names the field that stands in the way."""
+    return _parse(ModelConfig, values, where)
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _parse_dataclass((kind,), value, where)
+    if origin in (typing.Union, types.UnionType):
+        classes = tuple(a for a in arguments if dataclasses.is_dataclass(a))
+        if classes:
+            return _parse_dataclass(classes, value, where)
+        if value is None and type(None) in arguments:
+            return None
+        return _parse(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise InputError(f"{where} is {value!r}; expected one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where} is {value!r}; expected a list")
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) != len(value):
+            raise InputError(f"{where} has {len(value)} items; expected {len(kinds)}")
+        return tuple(_parse(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{where} is {value!r}; expected an object")
+        return value
+    if kind is float:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise InputError(f"{where} is {value!r}; expected a number") from None
+    if type(value) is not kind:
+        raise InputError(f"{where} is {value!r}; expected {kind.__name__}")
+    return value
+
+
+def _parse_dataclass(classes: tuple[type, ...], value: Any, where: str) -> Any:
+    names = {c.__name__.removesuffix("Config"): c for c in classes}
+    if not isinstance(value, dict) or value.get("type") not in names:
+        found = value.get("type") if isinstance(value, dict) else value
+        raise InputError(f"{where}.type is {found!r}; expected one of {', '.join(names)}")
+    chosen: Any = names[value["type"]]
+    kinds = typing.get_type_hints(chosen)
+    required = {f.name for f in dataclasses.fields(chosen) if f.default is f.default_factory is dataclasses.MISSING}
+    given = {key: item for key, item in value.items() if key != "type"}
+    if unknown := sorted(given.keys() - kinds.keys()):
+        raise InputError(f"{where}.{unknown[0]} is not a field of {chosen.__name__}; remove it or update longseq")
+    if missing := sorted(required - given.keys()):
+        raise InputError(f"{where}.{missing[0]} is missing; {chosen.__name__} needs it")
+    return chosen(**{key: _parse(kinds[key], item, f"{where}.{key}") for key, item in given.items()})

@@ -1,0 +1,1 @@
+"""Raw sound: waveforms to tokens, data sets, training, prompted generation and evaluation."""

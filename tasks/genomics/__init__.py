@@ -1,0 +1,1 @@
+"""DNA: FASTA to tokens, data sets, training, classification and evaluation."""
