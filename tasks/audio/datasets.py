@@ -128,7 +128,7 @@ class ClipData:
 
     def validation_batches(self) -> list[dict[str, torch.Tensor]]:
         """All validation clips, with their labels."""
-        return batches(self.validation, self.validation_conditions, self.batch_tokens)
+        return batches(self.validation, self.validation_conditions, self.batch_tokens, longest=self.batch_tokens)
 
     def steps_per_epoch(self) -> int:
         """Batches of the first epoch (later ones differ by a few, as the variants' lengths do)."""
@@ -166,9 +166,15 @@ def split_long(offsets: np.ndarray, lengths: np.ndarray, longest: int) -> tuple[
     return pieces, offsets[pieces] + within * longest, np.minimum(longest, lengths[pieces] - within * longest)
 
 
-def batches(stream: TokenStream, conditions: np.ndarray, batch_tokens: int) -> list[dict[str, torch.Tensor]]:
-    """Every clip as recorded, once, in batches of similar length; "clips" (b,) says which clips they are."""
-    pieces, offsets, lengths = split_long(stream.offsets[0], stream.lengths[0], batch_tokens)
+def batches(
+    stream: TokenStream, conditions: np.ndarray, batch_tokens: int, *, longest: int | None
+) -> list[dict[str, torch.Tensor]]:
+    """Every clip as recorded, once, in batches of similar length; "clips" (b,) says which clips they are.
+
+    Clips are cut into pieces of at most `longest` steps, unless that is None.
+    """
+    longest = longest or int(stream.lengths[0].max())
+    pieces, offsets, lengths = split_long(stream.offsets[0], stream.lengths[0], longest)
     result = []
     for members, width in cut_batches(lengths, batch_tokens):
         batch = gather(stream, offsets[members], lengths[members], width)

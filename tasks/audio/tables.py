@@ -12,8 +12,6 @@ from seqmodels.config import ConditionConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.audio.waveform import is_audio_name, read_audio, resample
 
-SPLITS = ("train", "validation", "test")
-
 
 @dataclass(frozen=True)
 class Recordings:
@@ -144,6 +142,11 @@ def split_rows(rows: pl.DataFrame, *, test: str, validation: str, seed: int = 0)
     if len(remaining) == 0:
         raise InputError(f"no rows are left to train on after test {test!r} and validation {validation!r}")
     return {"train": remaining, **chosen}
+
+
+def test_rule(rows: pl.DataFrame, rule: str | None) -> str:
+    """The given rule for test rows; None means "split=test" if there is a column split, else no rows."""
+    return rule if rule is not None else "split=test" if "split" in rows.columns else ""
 
 
 def _rule_mask(rows: pl.DataFrame, rule: str, rng: np.random.Generator, name: str) -> np.ndarray:

@@ -147,7 +147,7 @@ def test_missing_data_tables_columns_and_files_are_refused(library, tmp_path):
 
 def test_a_sequence_is_begin_samples_end_and_targets_are_one_step_ahead():
     wave = waves(1)[0]
-    (batch,) = batches(tokenise([wave], MU_LAW), np.zeros((1, 0), np.int64), 8192)
+    (batch,) = batches(tokenise([wave], MU_LAW), np.zeros((1, 0), np.int64), 8192, longest=None)
     samples = torch.from_numpy(MU_LAW.tokens(wave, 8000)[0])
     n = len(samples)
     assert batch["ids"].shape[1] % 256 == 0

@@ -1,0 +1,102 @@
+"""Bits per sample of recordings under a model."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+import torch.nn.functional as F
+
+from seqmodels.config import ConditionConfig
+from seqmodels.tasks.audio.datasets import IGNORED, TokenStream, batches
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per clip: the bits of its samples, their number, and the bits of its end."""
+
+    bits: np.ndarray
+    samples: np.ndarray
+    end_bits: np.ndarray
+
+    def bits_per_sample(self, clips: Any = slice(None)) -> float:
+        """Mean over all samples of the chosen clips."""
+        return float(self.bits[clips].sum() / self.samples[clips].sum())
+
+    def interval(self, *, draws: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+        """Bootstrap interval of `bits_per_sample`, clips drawn with replacement."""
+        chosen = np.random.default_rng(seed).integers(0, len(self.bits), (draws, len(self.bits)))
+        means = self.bits[chosen].sum(1) / self.samples[chosen].sum(1)
+        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+
+@torch.inference_mode()
+def score(
+    model: Any,
+    stream: TokenStream,
+    conditions: np.ndarray,
+    *,
+    batch_tokens: int = 65536,
+    progress: Any = lambda n: None,
+) -> Scores:
+    """Scores of every clip as recorded, with labels `conditions` (clips, n), on the device of the model.
+
+    Clips of similar length go through the model together, at most `batch_tokens` positions at a time; longer ones in
+    chunks with the state handed on, so that any length fits.
+    """
+    device = next(model.parameters()).device
+    end = model.config.tokenizer["levels"] + 1
+    bits, end_bits = np.zeros(stream.clips), np.zeros(stream.clips)
+    for batch in batches(stream, conditions, batch_tokens, longest=None):
+        clips = batch["clips"].numpy()
+        labels = batch["conditions"].to(device) if "conditions" in batch else None
+        state, chunk = None, max(1, batch_tokens // len(clips))
+        for ids, targets in zip(batch["ids"].split(chunk, 1), batch["targets"].split(chunk, 1), strict=True):
+            ids, targets = ids.to(device), targets.to(device)
+            logits, state = model(ids, state, conditions=labels)
+            nats = F.cross_entropy(logits.float().mT, targets, ignore_index=IGNORED, reduction="none")
+            in_bits = nats.double() / math.log(2)
+            bits[clips] += in_bits.masked_fill(targets == end, 0).sum(1).cpu().numpy()
+            end_bits[clips] += in_bits.masked_fill(targets != end, 0).sum(1).cpu().numpy()
+        progress(len(clips))
+    return Scores(bits, stream.lengths[0] - 1, end_bits)
+
+
+def report(scores: Scores, conditions: Sequence[ConditionConfig], ids: np.ndarray) -> dict[str, Any]:
+    """JSON-ready results: the mean, its 95 % interval over clips, the end, and the mean per value of each condition."""
+    low, high = scores.interval()
+    by: dict[str, Any] = {}
+    for i, condition in enumerate(conditions):
+        groups = {value: np.flatnonzero(ids[:, i] == j) for j, value in enumerate(condition.values)}
+        by[condition.name] = {value: _summary(scores, clips) for value, clips in groups.items() if len(clips)}
+    whole = _summary(scores, np.arange(len(scores.bits)))
+    return {**whole, "interval_95": [low, high], "end_bits_per_clip": float(scores.end_bits.mean()), "by": by}
+
+
+def _summary(scores: Scores, clips: np.ndarray) -> dict[str, Any]:
+    samples = int(scores.samples[clips].sum())
+    return {"bits_per_sample": scores.bits_per_sample(clips), "clips": len(clips), "samples": samples}
+
+
+def as_table(results: dict[str, Any]) -> str:
+    """The report as a short table in text."""
+    low, high = results["interval_95"]
+    rows = [("all", "", results)]
+    rows += [(name, value, summary) for name, group in results["by"].items() for value, summary in group.items()]
+    frame = pl.DataFrame(
+        {
+            "condition": [row[0] for row in rows],
+            "value": [row[1] for row in rows],
+            "clips": [row[2]["clips"] for row in rows],
+            "samples": [row[2]["samples"] for row in rows],
+            "bits/sample": [f"{row[2]['bits_per_sample']:.3f}" for row in rows],
+        }
+    )
+    lines = frame.write_csv(separator="\t").rstrip("\n")
+    return (
+        f"{lines}\n95 % interval over clips: {low:.3f} to {high:.3f}; end: {results['end_bits_per_clip']:.2f} bits/clip"
+    )

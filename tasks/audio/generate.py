@@ -1,0 +1,218 @@
+"""Sound from a model, sample by sample: prompted by labels, by the start of a recording, or by nothing."""
+
+import difflib
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqmodels.config import ConditionConfig
+from seqmodels.errors import InputError
+from seqmodels.tasks.audio.waveform import is_audio_name, mu_law_of
+
+PREFILL = 65536  # positions per forward pass over a prompt: bounds memory at any length of it
+CHECK = 32  # steps between looks at whether all items have ended: a look waits for the device
+SHORTEST = 0.1  # seconds before which an item may not end
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the model's probabilities: temperature first, then top-k, then top-p."""
+
+    temperature: float = 1.0
+    "Divides the logits; 0 takes the most likely token."
+    top_k: int = 0
+    "Only the k most likely tokens; 0 means all."
+    top_p: float = 1.0
+    "Only the most likely tokens that together reach this probability; 1 means all."
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not math.isfinite(self.temperature):
+            raise InputError(f"temperature is {self.temperature}; expected 0 (most likely token) or more")
+        if self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k}; expected 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; expected more than 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate` made: per item its new samples, their tokens, and what the model thinks of them."""
+
+    samples: list[np.ndarray]
+    "Per item (l,) float32, at the level of the prompt if there was one."
+    tokens: list[np.ndarray]
+    "Per item (l,) int64, without BOS and EOS."
+    bits_per_sample: list[float]
+    "Per item, mean of -log2 p of its samples under the model at temperature 1, without the end."
+    ended: list[bool]
+    "Per item, whether the model ended it (otherwise the limit did)."
+    sample_rate: int
+    "Hz."
+    samples_per_second: float
+    "Speed of decoding, all items together, without the prompt."
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    *,
+    labels: Mapping[str, str] | None = None,
+    prompt: np.ndarray | None = None,
+    prompt_rate: int | None = None,
+    seconds: float = 2.0,
+    number: int = 1,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    progress: Callable[[int], Any] = lambda steps: None,
+) -> Generated:
+    """At most `seconds` of new sound, `number` times; item i depends on (seed, i) and not on `number`.
+
+    `labels` gives values of the model's conditions by name. `prompt` (l,) is a recording at `prompt_rate` Hz (None:
+    the model's rate) that the new sound goes on from. Item i draws its own random numbers; its bytes can still change
+    with the device, since rounding differs there.
+    """
+    sampling = sampling or Sampling()
+    mu_law = mu_law_of(model.config.tokenizer)
+    if not 1 <= seconds * mu_law.sample_rate < math.inf:
+        raise InputError(f"seconds is {seconds}; expected at least one sample, 1 / {mu_law.sample_rate} s")
+    limit = round(seconds * mu_law.sample_rate)
+    if number < 1:
+        raise InputError(f"number is {number}; expected at least 1")
+    device = next(model.parameters()).device
+    gain, ids = 1.0, np.array([mu_law.bos])
+    if prompt is not None:
+        heard, gain = mu_law.tokens(prompt, prompt_rate or mu_law.sample_rate)
+        ids = np.concatenate([ids, heard])
+    rows = max(number, 2)  # one row would go through matrix-vector products, which round differently
+    conditions = label_ids(model.config.conditions, labels or {}).expand(rows, -1).to(device)
+    logits, state = prefill(model, torch.from_numpy(ids).expand(rows, -1), conditions, device)
+
+    shortest = round(SHORTEST * mu_law.sample_rate)
+    barred = torch.zeros(2, logits.shape[-1], device=device)  # [0]: while too short to end, [1]: later
+    barred[:, mu_law.bos] = barred[0, mu_law.eos] = -torch.inf
+    tokens = torch.empty(rows, limit, dtype=torch.int64, device=device)
+    nats = torch.empty(rows, limit, device=device)
+    draws = [np.random.default_rng((seed, item)) for item in range(rows)]
+    alive = torch.ones(rows, dtype=torch.bool, device=device)
+    alive[number:] = False
+    started, steps = time.perf_counter(), limit
+    for step in range(limit):
+        if step % 1024 == 0:
+            uniform = torch.from_numpy(np.stack([rng.random(1024) for rng in draws])).to(device)
+        log_p = logits.float().log_softmax(-1)
+        token = draw(log_p + barred[int(step >= shortest)], uniform[:, step % 1024, None], sampling)
+        tokens[:, step : step + 1] = token
+        nats[:, step : step + 1] = log_p.gather(1, token)
+        alive &= token[:, 0] != mu_law.eos
+        if step % CHECK == CHECK - 1:
+            progress(CHECK)
+            if not alive.any():
+                steps = step + 1
+                break
+        if step + 1 < limit:
+            logits, state = _step(model, token, state, conditions)
+    return _collect(tokens[:number, :steps], nats[:number, :steps], mu_law, gain, time.perf_counter() - started)
+
+
+def _step(model: Any, token: Tensor, state: Any, conditions: Tensor) -> tuple[Tensor, Any]:
+    logits, state = model(token, state, conditions=conditions if conditions.shape[1] else None)
+    return logits[:, -1], state
+
+
+def prefill(model: Any, ids: Tensor, conditions: Tensor, device: Any, chunk: int = PREFILL) -> tuple[Tensor, Any]:
+    """Logits (b, vocab) after ids (b, l) and the state, reading at most `chunk` positions at a time."""
+    state, logits = None, torch.empty(0)
+    for part in ids.split(max(1, chunk // len(ids)), dim=1):
+        logits, state = _step(model, part.to(device), state, conditions)
+    return logits, state
+
+
+def draw(log_p: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """Tokens (b, 1) at the quantiles `uniform` (b, 1) in [0, 1) of exp(log_p) (b, vocab), filtered."""
+    if sampling.temperature == 0:
+        return log_p.argmax(-1, keepdim=True)
+    if sampling.temperature != 1:
+        log_p = log_p / sampling.temperature
+    if 0 < sampling.top_k < log_p.shape[-1]:
+        log_p = log_p.masked_fill(log_p < log_p.topk(sampling.top_k).values[:, -1:], -torch.inf)
+    p = log_p.double().softmax(-1)  # float64: a token of probability zero is never drawn by rounding
+    if sampling.top_p < 1:
+        ordered = p.sort(descending=True).values
+        kept = ordered.cumsum(-1) - ordered < sampling.top_p
+        p = p * (p >= ordered.masked_fill(~kept, 2.0).amin(-1, keepdim=True))
+    cumulative = p.cumsum(-1)
+    return (cumulative <= uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
+
+
+def _collect(tokens: Tensor, nats: Tensor, mu_law: Any, gain: float, seconds: float) -> Generated:
+    tokens_, bits = tokens.cpu().numpy(), -nats.double().cpu().numpy() / np.log(2)
+    ends = [np.flatnonzero(row == mu_law.eos) for row in tokens_]
+    lengths = [int(end[0]) if len(end) else tokens_.shape[1] for end in ends]
+    kept = [row[:length] for row, length in zip(tokens_, lengths, strict=True)]
+    return Generated(
+        samples=[(mu_law.decode(row) / np.float32(gain)).astype(np.float32) for row in kept],
+        tokens=kept,
+        bits_per_sample=[float(row[:n].mean()) if n else 0.0 for row, n in zip(bits, lengths, strict=True)],
+        ended=[len(end) > 0 for end in ends],
+        sample_rate=mu_law.sample_rate,
+        samples_per_second=tokens_.size / max(seconds, 1e-9),
+    )
+
+
+def label_ids(conditions: tuple[ConditionConfig, ...], labels: Mapping[str, str]) -> Tensor:
+    """Ids (1, conditions) int64 of labels by name; a condition without a label is "not given"."""
+    names = [condition.name for condition in conditions]
+    for name in labels:
+        if name not in names:
+            raise InputError(f"the model has no condition {name!r}{_nearest(name, names)}")
+    ids = []
+    for condition in conditions:
+        value = labels.get(condition.name)
+        if value is not None and value not in condition.values:
+            raise InputError(f"{condition.name} has no value {value!r}{_nearest(value, condition.values)}")
+        ids.append(len(condition.values) if value is None else condition.values.index(value))
+    return torch.tensor([ids], dtype=torch.int64).reshape(1, -1)
+
+
+def prompt_labels(
+    conditions: tuple[ConditionConfig, ...], prompt: str | None, given: Mapping[str, str]
+) -> tuple[dict[str, str], Path | None]:
+    """Labels by condition name, and the recording to go on from: what a prompt in words means to a model.
+
+    A prompt that is a file or has the suffix of one is a recording; any other must be a value of one condition.
+    """
+    labels = dict(given)
+    if prompt is None:
+        return labels, None
+    if is_audio_name(prompt) or Path(prompt).is_file():
+        return labels, Path(prompt)
+    owners = [condition.name for condition in conditions if prompt in condition.values]
+    if len(owners) > 1:
+        raise InputError(
+            f"the prompt {prompt!r} is a value of {' and '.join(owners)}; use --label {owners[0]}={prompt}"
+        )
+    if not owners:
+        values = [value for condition in conditions for value in condition.values]
+        raise InputError(
+            f"the prompt {prompt!r} is neither a recording nor a label of the model{_nearest(prompt, values)}"
+        )
+    if labels.get(owners[0], prompt) != prompt:
+        raise InputError(
+            f"the prompt {prompt!r} and the label {owners[0]}={labels[owners[0]]} differ; give one of them"
+        )
+    return labels | {owners[0]: prompt}, None
+
+
+def _nearest(word: str, words: Any) -> str:
+    if not words:
+        return "; it was trained without labels"
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    listed = ", ".join(words[:40]) + (", ..." if len(words) > 40 else "")
+    return f"{f'; did you mean {close[0]!r}?' if close else ';'} It knows {listed}"
