@@ -52,8 +52,6 @@ class Mamba2Config:
     "Channels p per head; must divide e."
     n_groups: int = 1
     "Groups g that share B and C; must divide the number of heads."
-    norm_groups: int | None = None
-    "Groups of the gated RMSNorm; None means n_groups, as in state-spaces/mamba (Hugging Face normalises in 1)."
     A_init_range: tuple[float, float] = (1.0, 16.0)
     "Range of -A at initialisation."
     dt_min: float = 0.001
@@ -70,6 +68,8 @@ class Mamba2Config:
     "Whether the gated RMSNorm follows the scan (otherwise y * silu(z))."
     norm_before_gate: bool = False
     "Whether that norm comes before the gate instead of after it."
+    norm_epsilon: float = 1e-5
+    "Epsilon of that norm, which normalises within each of the n_groups."
     conv_bias: bool = True
     "Whether the convolution has a bias."
     bias: bool = False

@@ -1,0 +1,167 @@
+"""Checkpoints: a folder with config.json and model.safetensors (and a model card, README.md).
+
+`load` also reads Hugging Face Mamba and Mamba-2 folders and state-spaces/mamba folders (seqmodels/interop.py). Nothing
+is ever unpickled: `pytorch_model.bin` is read with torch's weights_only loader.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from seqmodels.config import from_dict, to_dict
+from seqmodels.errors import InputError
+from seqmodels.heads import LanguageModel, Model, PositionClassifier, SequenceClassifier, build
+
+FORMAT = "longseq-1"
+SHIPPED = Path(__file__).parent / "checkpoints"
+
+
+def save(model: Model, folder: str | Path, *, card: str | None = None, dtype: torch.dtype | None = None) -> Path:
+    """Write a model's folder, file by file and each at once; floating-point weights in `dtype` if given."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"format": FORMAT, "model": to_dict(model.config)}, indent=2)
+        replace(folder / "config.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        if card is not None:
+            replace(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+        write_tensors(folder / "model.safetensors", unshared(model, dtype))
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot write the checkpoint ({error.strerror or error}); choose another folder"
+        ) from None
+    return folder
+
+
+def unshared(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Every parameter once, under its first name, on the CPU: tied ones have no second copy in a file."""
+    return {
+        name: parameter.detach().to("cpu", dtype or parameter.dtype).contiguous()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def load(
+    path_or_name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LanguageModel | SequenceClassifier | PositionClassifier:
+    """A model in eval mode from a shipped name, a folder, or a Hugging Face Hub id; weights in `dtype` (float32).
+
+    Raises InputError that names the file and the field or tensor that stands in the way.
+    """
+    from seqmodels import interop
+
+    folder = resolve(path_or_name)
+    values = read_json(folder / "config.json")
+    if values.get("format") == FORMAT:
+        config, tensors = from_dict(values.get("model"), f"{folder / 'config.json'}: model"), read_tensors(folder)
+    else:
+        config, tensors = interop.read(folder, values)
+    model = build(config)
+    fill(model, tensors, folder)
+    return model.to(device=device, dtype=dtype or torch.float32).eval()
+
+
+def resolve(path_or_name: str | Path) -> Path:
+    """The folder of a shipped checkpoint, of a path, or of a Hub repository (downloaded once, never its code)."""
+    for folder in (Path(path_or_name), SHIPPED / str(path_or_name)):
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise InputError(f"{folder}: no config.json in this folder; give a checkpoint's folder")
+            return folder
+    name = str(path_or_name)
+    shipped = ", ".join(sorted(p.name for p in SHIPPED.iterdir() if (p / "config.json").is_file()))
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise InputError(f"{name}: no such checkpoint; give a folder, owner/name on the Hub, or one of: {shipped}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["config.json", "model*.safetensors*", "pytorch_model.bin"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        reason = "neither a folder here nor a repository that could be reached on the Hub"
+        raise InputError(f"{name}: {reason}; check the name, or give one of: {shipped}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a readable JSON file ({error}); fetch the checkpoint again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a JSON object; fetch the checkpoint again")
+    return values
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder: model.safetensors, its shards, or pytorch_model.bin without unpickling objects."""
+    if (folder / "model.safetensors").is_file():
+        return _read_safetensors(folder / "model.safetensors")
+    if (index := folder / "model.safetensors.index.json").is_file():
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        return {name: tensor for shard in shards for name, tensor in _read_safetensors(folder / shard).items()}
+    if (pickled := folder / "pytorch_model.bin").is_file():
+        try:
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever torch's reader says of a bad file, it is the file that is refused
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"{pickled}: refused, not a plain file of tensors ({reason}); convert it to safetensors"
+            ) from None
+        if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+            raise InputError(f"{pickled}: refused, it holds more than tensors; convert it to safetensors")
+        return tensors
+    raise InputError(f"{folder}: no model.safetensors and no pytorch_model.bin; fetch the checkpoint again")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); fetch the checkpoint again") from None
+
+
+def fill(model: Model, tensors: dict[str, Tensor], source: Path) -> None:
+    """Copy tensors into a model; a missing, surplus or wrong-shaped one is refused by name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    owned = dict(model.named_parameters())
+    if missing := sorted(owned.keys() - tensors.keys()):
+        raise InputError(
+            f"{source}: tensor {missing[0]} is missing ({len(missing)} in all); fetch the checkpoint again"
+        )
+    if surplus := sorted(tensors.keys() - parameters.keys()):
+        raise InputError(f"{source}: tensor {surplus[0]} is not part of the configured model ({len(surplus)} in all)")
+    for name, tensor in tensors.items():
+        if tensor.shape != parameters[name].shape:
+            found, wanted = tuple(tensor.shape), tuple(parameters[name].shape)
+            raise InputError(f"{source}: tensor {name} has shape {found}; config.json makes it {wanted}")
+    with torch.no_grad():
+        for name, parameter in owned.items():
+            parameter.copy_(tensors[name])
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file, at once."""
+    replace(path, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write to a temporary name beside `path`, then rename: no reader ever sees half a file."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,199 @@
+"""Models: a backbone and a head. Next or masked token, one label per sequence, one label per position."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqmodels.backbone import Backbone
+from seqmodels.config import ModelConfig, MultiscaleConfig
+from seqmodels.errors import InputError
+from seqmodels.multiscale import Multiscale
+
+IGNORED = -100  # targets that do not count, as in torch.nn.functional.cross_entropy
+
+
+def build(config: ModelConfig, seed: int | None = None) -> "LanguageModel | SequenceClassifier | PositionClassifier":
+    """A freshly initialised model; with a seed, always the same one."""
+    kinds = {"sequence": SequenceClassifier, "position": PositionClassifier}
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return kinds.get(config.head.task, LanguageModel)(config)
+
+
+class Model(nn.Module):
+    """What the three kinds of model share."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        kind: Any = Multiscale if isinstance(config.backbone, MultiscaleConfig) else Backbone
+        self.backbone = kind(config.backbone, config.vocab_size, config.conditions)
+        if config.head.task == "next_token" and not self.causal:
+            raise InputError("a next-token model needs causal mixers; use task 'masked_token' or drop 'Bidirectional'")
+        if config.head.task in ("sequence", "position") and not config.head.labels:
+            raise InputError(f"a {config.head.task} head needs labels; list the class names in head.labels")
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model can read a sequence in chunks, handing its state on."""
+        return self.backbone.causal
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.backbone.embedding.weight.device
+
+
+class LanguageModel(Model):
+    """Next-token or masked-token logits at every position."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.backbone.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+
+    def forward(
+        self,
+        ids: Tensor,
+        state: tuple | None = None,
+        *,
+        lengths: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        conditions: Tensor | None = None,
+    ) -> tuple[Tensor, tuple]:
+        """ids (b, l) int64 -> logits (b, l, vocabulary), and the state to hand to the next call.
+
+        conditions: (b, n) int64, one id per entry of config.conditions; len(values) means 'not given', as does None.
+        """
+        x, state = self.backbone(ids, state, lengths, seq_idx, conditions)
+        return self.lm_head(x), state
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy in nats over targets that are not -100, and {bits, count}."""
+        logits, _ = self(
+            batch["ids"],
+            lengths=batch.get("lengths"),
+            seq_idx=batch.get("seq_idx"),
+            conditions=batch.get("conditions"),
+        )
+        loss, count = _cross_entropy(logits, batch["targets"])
+        return loss, {"bits": loss.detach() / math.log(2), "count": count}
+
+
+class Pooled(NamedTuple):
+    """What a sequence classifier has read so far."""
+
+    backbone: tuple
+    "State of the backbone."
+    summary: Tensor
+    "(b, d) float64: sum, maximum or last of the features so far."
+    count: Tensor
+    "(b,) int64: real positions so far."
+
+
+class SequenceClassifier(Model):
+    """One label per sequence; a sequence of any length can be read in chunks by a causal model."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.head.dropout)
+        self.score = nn.Linear(config.backbone.d_model, len(config.head.labels))
+
+    def forward(self, ids: Tensor, *, lengths: Tensor | None = None, conditions: Tensor | None = None) -> Tensor:
+        """ids (b, l) int64, right-padded where lengths (b,) says so -> logits (b, classes)."""
+        x, _ = self.backbone(ids, None, lengths, None, conditions)
+        return self._score(*self._summarise(x, lengths))
+
+    def read(self, ids: Tensor, state: Pooled | None = None, *, lengths: Tensor | None = None) -> Pooled:
+        """The state after reading one more chunk; `classify(state)` gives what one pass would have given.
+
+        Only a batch's last chunk may be padded (a row that has ended earlier passes lengths 0 where the backbone is
+        flat).
+        """
+        if not self.causal:
+            raise InputError(
+                "this model is bidirectional and cannot read in chunks; pass the whole sequence to forward"
+            )
+        x, inner = self.backbone(ids, None if state is None else state.backbone, lengths)
+        summary, count = self._summarise(x, lengths)
+        if state is not None:
+            pool = self.config.head.pool
+            if pool == "mean":
+                summary = state.summary + summary
+            elif pool == "max":
+                summary = torch.maximum(state.summary, summary)
+            else:
+                summary = torch.where((count > 0)[:, None], summary, state.summary)
+            count = state.count + count
+        return Pooled(inner, summary, count)
+
+    def classify(self, state: Pooled) -> Tensor:
+        """Logits (b, classes) for what has been read."""
+        return self._score(state.summary, state.count)
+
+    def _summarise(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        b, l, _ = x.shape
+        count = torch.full((b,), l, device=x.device) if lengths is None else lengths
+        pool = self.config.head.pool
+        if pool == "last":
+            index = (count - 1).clamp(min=0)[:, None, None].expand(b, 1, x.shape[2])
+            return x.gather(1, index)[:, 0].double(), count
+        if lengths is None:
+            return (x.sum(1, dtype=torch.float32).double() if pool == "mean" else x.amax(1).double()), count
+        real = (torch.arange(l, device=x.device) < lengths[:, None])[..., None]
+        if pool == "mean":
+            return (x * real).sum(1, dtype=torch.float32).double(), count
+        return x.masked_fill(~real, -math.inf).amax(1).double(), count
+
+    def _score(self, summary: Tensor, count: Tensor) -> Tensor:
+        if self.config.head.pool == "mean":
+            summary = summary / count.clamp(min=1)[:, None]
+        weight = self.score.weight
+        return self.score(self.dropout(summary.to(weight.dtype)))
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy in nats, and {accuracy, count}."""
+        logits = self(batch["ids"], lengths=batch.get("lengths"))
+        accuracy = (logits.detach().argmax(-1) == batch["targets"]).float().mean()
+        count = torch.tensor(len(logits), device=logits.device)
+        return F.cross_entropy(logits.float(), batch["targets"]), {"accuracy": accuracy, "count": count}
+
+
+class PositionClassifier(Model):
+    """One label per position."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.head.dropout)
+        self.score = nn.Linear(config.backbone.d_model, len(config.head.labels))
+
+    def forward(
+        self,
+        ids: Tensor,
+        state: tuple | None = None,
+        *,
+        lengths: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, tuple]:
+        """ids (b, l) int64 -> logits (b, l, classes), and the state to hand to the next call."""
+        x, state = self.backbone(ids, state, lengths, seq_idx)
+        return self.score(self.dropout(x)), state
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy in nats over targets that are not -100, and {accuracy, count}."""
+        logits, _ = self(batch["ids"], lengths=batch.get("lengths"), seq_idx=batch.get("seq_idx"))
+        loss, count = _cross_entropy(logits, batch["targets"])
+        right = (logits.detach().argmax(-1) == batch["targets"]).sum()
+        return loss, {"accuracy": right / count.clamp(min=1), "count": count}
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over targets that count (0 where none does), and how many do."""
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    count = (targets != IGNORED).sum()
+    return total / count.clamp(min=1), count

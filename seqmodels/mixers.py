@@ -1,0 +1,250 @@
+"""Sequence mixers with one interface: forward(x, state=None, lengths=None, seq_idx=None) -> (y, state).
+
+x, y: (b, l, d). `state` is what the mixer remembers of the past (None at a start): handing it on splits a sequence
+into chunks or single steps without changing the result. `lengths` (b,) marks right padding, which the state skips.
+`seq_idx` (b, l) marks packed sequences: the memory resets wherever it changes.
+
+Parameters of Mamba and Mamba-2 are named and initialised as in state-spaces/mamba.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqmodels.config import (
+    AttentionConfig,
+    BidirectionalConfig,
+    Mamba2Config,
+    MambaConfig,
+    MixerConfig,
+    RNNConfig,
+)
+from seqmodels.errors import InputError
+from seqmodels.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from seqmodels.kernels.packing import starts_of_sequences
+from seqmodels.kernels.rms_norm import rms_norm
+from seqmodels.kernels.selective_scan import selective_scan, selective_scan_step
+from seqmodels.kernels.ssd import ssd, ssd_step
+
+
+def build_mixer(config: MixerConfig, d_model: int) -> nn.Module:
+    """The mixer that a configuration describes, for width d_model."""
+    from seqmodels.baselines import Attention, Recurrent
+
+    classes: dict[type, Any] = {
+        MambaConfig: Mamba,
+        Mamba2Config: Mamba2,
+        AttentionConfig: Attention,
+        RNNConfig: Recurrent,
+        BidirectionalConfig: Bidirectional,
+    }
+    return classes[type(config)](config, d_model)
+
+
+class SSMState(NamedTuple):
+    """Memory of Mamba and Mamba-2: the convolution's last k - 1 inputs and the state-space state."""
+
+    conv: Tensor
+    "(b, k - 1, channels)"
+    ssm: Tensor
+    "(b, e, n) for Mamba, (b, h, p, n) for Mamba-2; float32"
+
+
+def is_causal(config: MixerConfig) -> bool:
+    """Whether a mixer sees only the past, so that it can hand its state on."""
+    if isinstance(config, AttentionConfig):
+        return config.causal
+    return not isinstance(config, BidirectionalConfig)
+
+
+class Mamba(nn.Module):
+    """Mamba (S6): in_proj -> causal convolution -> selective scan with input-dependent dt, B, C -> gate -> out_proj."""
+
+    def __init__(self, config: MambaConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        inner = config.expand * d_model
+        self.dt_rank = config.dt_rank or math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=config.bias)
+        self.conv1d = nn.Conv1d(inner, inner, config.d_conv, groups=inner, bias=config.conv_bias)
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * config.d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, config.d_state + 1).log().repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, d_model, bias=config.bias)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(_initial_dt_bias(config, inner))
+
+    def forward(
+        self, x: Tensor, state: SSMState | None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, SSMState]:
+        """(b, l, d) -> (b, l, d) and the state after the last real step."""
+        n = self.config.d_state
+        x, z = self.in_proj(x).chunk(2, -1)
+        one_step = _is_step(x, state, lengths, seq_idx)
+        x, conv_state = _convolve(self.conv1d, x, state, lengths, seq_idx, one_step)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, n, n], -1)
+        dt = F.linear(dt, self.dt_proj.weight)
+        A = -self.A_log.float().exp()
+        bias = self.dt_proj.bias.float()
+        if one_step and state is not None:
+            y, ssm = selective_scan_step(
+                x[:, 0], dt[:, 0], A, B, C, self.D.float(), z[:, 0], bias, dt_softplus=True, state=state.ssm
+            )
+            return self.out_proj(y[:, None]), SSMState(conv_state, ssm)
+        dt, options = _mask_dt(dt, bias, (0.0, math.inf), lengths)
+        y, ssm = selective_scan(
+            x, dt, A, B[:, :, None], C[:, :, None], self.D.float(), z, **options,
+            initial_state=None if state is None else state.ssm, seq_idx=seq_idx,
+        )  # fmt: skip
+        return self.out_proj(y), SSMState(conv_state, ssm)
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 (SSD): in_proj -> causal convolution over x, B, C -> SSD -> gated RMSNorm -> out_proj."""
+
+    def __init__(self, config: Mamba2Config, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        inner = config.expand * d_model
+        if inner % config.head_dim:
+            raise InputError(
+                f"expand * d_model = {config.expand} * {d_model} = {inner} is not a multiple of head_dim = "
+                f"{config.head_dim}; try head_dim={math.gcd(inner, config.head_dim)}"
+            )
+        heads = inner // config.head_dim
+        if heads % config.n_groups:
+            raise InputError(f"{heads} heads cannot be split into n_groups = {config.n_groups}; choose a divisor")
+        channels = inner + 2 * config.n_groups * config.d_state
+        self.splits = [inner, channels, heads]
+        self.in_proj = nn.Linear(d_model, sum(self.splits), bias=config.bias)
+        self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels, bias=config.conv_bias)
+        self.dt_bias = nn.Parameter(_initial_dt_bias(config, heads))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(*config.A_init_range).log())
+        self.D = nn.Parameter(torch.ones(inner if config.D_has_head_dim else heads))
+        self.norm = nn.Module()
+        if config.gated_norm:
+            self.norm.weight = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, d_model, bias=config.bias)
+
+    def forward(
+        self, x: Tensor, state: SSMState | None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, SSMState]:
+        """(b, l, d) -> (b, l, d) and the state after the last real step."""
+        config = self.config
+        inner = self.splits[0]
+        g, n = config.n_groups, config.d_state
+        z, xBC, dt = self.in_proj(x).split(self.splits, -1)
+        one_step = _is_step(xBC, state, lengths, seq_idx)
+        xBC, conv_state = _convolve(self.conv1d, xBC, state, lengths, seq_idx, one_step)
+        x, B, C = xBC.split([inner, g * n, g * n], -1)
+        x = x.unflatten(-1, (-1, config.head_dim))
+        B, C = B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
+        A, bias, D = -self.A_log.float().exp(), self.dt_bias.float(), self.D.float()
+        D = D.view(-1, config.head_dim) if config.D_has_head_dim else D
+        if one_step and state is not None:
+            y, ssm = ssd_step(
+                x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, None, bias, dt_softplus=True, dt_limit=config.dt_limit,
+                state=state.ssm,
+            )  # fmt: skip
+            y = y[:, None]
+        else:
+            dt, options = _mask_dt(dt, bias, config.dt_limit, lengths)
+            y, ssm = ssd(
+                x, dt, A, B, C, D, **options, chunk_size=config.chunk_size,
+                initial_state=None if state is None else state.ssm, seq_idx=seq_idx,
+            )  # fmt: skip
+        y = y.flatten(-2)
+        if config.gated_norm:
+            y = rms_norm(
+                y, self.norm.weight, z=z, groups=g, epsilon=config.norm_epsilon,
+                norm_before_gate=config.norm_before_gate,
+            )  # fmt: skip
+        else:
+            y = y * F.silu(z)
+        return self.out_proj(y), SSMState(conv_state, ssm)
+
+
+class Bidirectional(nn.Module):
+    """F(x) + flip(R(flip(x))): one mixer reads forwards, one the reversed sequence. It has no state to hand on."""
+
+    def __init__(self, config: BidirectionalConfig, d_model: int) -> None:
+        super().__init__()
+        self.mamba_fwd = build_mixer(config.mixer, d_model)  # named as in Caduceus
+        self.mamba_rev = build_mixer(config.mixer, d_model)
+        if config.tie_projections:
+            if not isinstance(config.mixer, (MambaConfig, Mamba2Config)):
+                raise InputError("tie_projections needs a Mamba or Mamba-2 mixer; set it to false")
+            self.mamba_rev.in_proj, self.mamba_rev.out_proj = self.mamba_fwd.in_proj, self.mamba_fwd.out_proj
+
+    def forward(
+        self, x: Tensor, state: None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """(b, l, d) -> (b, l, d); padding stays in place, packed sequences stay apart."""
+        if state is not None:
+            raise InputError("a bidirectional model sees the whole sequence at once; it cannot continue from a state")
+        forward, _ = self.mamba_fwd(x, None, lengths, seq_idx)
+        order = torch.arange(x.shape[1], device=x.device).flip(0).expand(x.shape[:2])
+        if lengths is not None:
+            order = order - (x.shape[1] - lengths[:, None])
+            order = torch.where(order < 0, order + x.shape[1], order)
+        reversed_idx = None if seq_idx is None else seq_idx.gather(1, order)
+        backward, _ = self.mamba_rev(_reorder(x, order), None, lengths, reversed_idx)
+        return forward + _reorder(backward, _inverse(order)), None
+
+
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    return x.gather(1, order[..., None].expand_as(x))
+
+
+def _inverse(order: Tensor) -> Tensor:
+    steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, steps)
+
+
+def _initial_dt_bias(config: MambaConfig | Mamba2Config, size: int) -> Tensor:
+    """Inverse softplus of step sizes drawn log-uniformly between dt_min and dt_max."""
+    low, high = math.log(config.dt_min), math.log(config.dt_max)
+    dt = torch.empty(size).uniform_(low, high).exp().clamp(min=config.dt_init_floor)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def _is_step(x: Tensor, state: Any, lengths: Tensor | None, seq_idx: Tensor | None) -> bool:
+    return x.shape[1] == 1 and state is not None and lengths is None and seq_idx is None
+
+
+def _convolve(
+    conv: nn.Conv1d, x: Tensor, state: SSMState | None, lengths: Tensor | None, seq_idx: Tensor | None, one_step: bool
+) -> tuple[Tensor, Tensor]:
+    """Causal depthwise convolution and SiLU, with the window after the last real step."""
+    weight, initial = conv.weight[:, 0], None if state is None else state.conv
+    if one_step:
+        y, window = causal_conv1d_step(x[:, 0], weight, conv.bias, activation="silu", state=initial)
+        return y[:, None], window
+    y, window = causal_conv1d(x, weight, conv.bias, activation="silu", initial_state=initial, seq_idx=seq_idx)
+    if lengths is None:
+        return y, window
+    before = torch.zeros_like(window) if initial is None else initial
+    taps = torch.arange(window.shape[1], device=x.device) + lengths[:, None]  # (b, k - 1)
+    index = taps[..., None].expand(-1, -1, x.shape[2])
+    window = torch.cat([before.to(x.dtype), x], 1).gather(1, index)
+    if seq_idx is not None:  # what lies before the last real step's sequence is not part of its window
+        run = starts_of_sequences(seq_idx).cumsum(1)
+        last = run.gather(1, (lengths[:, None] - 1).clamp(min=0))
+        window = window * (F.pad(run, (before.shape[1], 0)).gather(1, taps) == last)[..., None]
+    return y, window
+
+
+def _mask_dt(
+    dt: Tensor, bias: Tensor, limit: tuple[float, float], lengths: Tensor | None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Step sizes that are zero on padding, so that the state stands still there, and the op's options for them."""
+    if lengths is None:
+        return dt, {"dt_bias": bias, "dt_softplus": True, "dt_limit": limit}
+    dt = F.softplus(dt.float() + bias).clamp(*limit)
+    real = torch.arange(dt.shape[1], device=dt.device) < lengths[:, None]
+    return dt * real[..., None], {}

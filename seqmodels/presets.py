@@ -1,0 +1,58 @@
+"""Backbones by name: functions that return configurations."""
+
+from typing import Any
+
+from seqmodels.config import (
+    AttentionConfig,
+    BackboneConfig,
+    BidirectionalConfig,
+    Mamba2Config,
+    MambaConfig,
+    MultiscaleConfig,
+    RNNConfig,
+    StageConfig,
+)
+
+
+def mamba(d_model: int, n_layer: int, *, bidirectional: bool = False, **mixer: Any) -> BackboneConfig:
+    """A flat Mamba backbone; further arguments are MambaConfig's fields."""
+    return _flat(MambaConfig(**mixer), d_model, n_layer, bidirectional)
+
+
+def mamba2(d_model: int, n_layer: int, *, bidirectional: bool = False, **mixer: Any) -> BackboneConfig:
+    """A flat Mamba-2 backbone; further arguments are Mamba2Config's fields."""
+    return _flat(Mamba2Config(**mixer), d_model, n_layer, bidirectional)
+
+
+def attention(d_model: int, n_layer: int, *, num_heads: int, window: int | None = None) -> BackboneConfig:
+    """A flat Transformer backbone with gated MLPs, over all of the past or a sliding window of it."""
+    mixer = AttentionConfig(num_heads=num_heads, window=window)
+    return BackboneConfig(d_model=d_model, layers=(mixer,) * n_layer, mlp_expand=2.0)
+
+
+def lstm(d_model: int, n_layer: int, *, expand: int = 1, bidirectional: bool = False) -> BackboneConfig:
+    """A flat LSTM backbone."""
+    return _flat(RNNConfig(cell="lstm", expand=expand), d_model, n_layer, bidirectional)
+
+
+def multiscale_mamba2(
+    widths: tuple[int, ...] = (128, 192, 256),
+    depths: tuple[int, ...] = (4, 4, 6),
+    pools: tuple[int, ...] = (4, 4),
+    *,
+    dropout: float = 0.0,
+    **mixer: Any,
+) -> MultiscaleConfig:
+    """A U-Net of Mamba-2 blocks: `depths` blocks on the way down and again on the way up, the last at the centre."""
+    block = Mamba2Config(**{"d_state": 64, **mixer})
+    fine = [
+        StageConfig(d_model=width, down=(block,) * depth, up=(block,) * depth, pool=pool)
+        for width, depth, pool in zip(widths[:-1], depths[:-1], pools, strict=True)
+    ]
+    centre = StageConfig(d_model=widths[-1], down=(block,) * depths[-1])
+    return MultiscaleConfig(stages=(*fine, centre), dropout=dropout)
+
+
+def _flat(mixer: MambaConfig | Mamba2Config | RNNConfig, d: int, n_layer: int, bidirectional: bool) -> BackboneConfig:
+    layer = BidirectionalConfig(mixer=mixer) if bidirectional else mixer
+    return BackboneConfig(d_model=d, layers=(layer,) * n_layer)

@@ -1,0 +1,259 @@
+"""Training through Lightning: parameter groups, schedule, validation, checkpoints, and exact resume.
+
+A data set is anything with `train_batch(step)`, a pure function of the step, and `validation_batches()`. Together with
+dropout seeded by the step this makes a resumed run repeat the uninterrupted one, also after a kill.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from seqmodels.checkpoint import replace, save
+from seqmodels.config import ModelConfig, to_dict
+from seqmodels.errors import InputError
+from seqmodels.heads import Model, build
+
+Batch = dict[str, Tensor]
+
+
+class TrainingData(Protocol):
+    """What a data set offers to `fit`; batches are what the model's `loss` takes."""
+
+    def train_batch(self, step: int) -> Batch:
+        """Batch number `step`, always the same for the same number."""
+        ...
+
+    def validation_batches(self) -> list[Batch]:
+        """The fixed validation batches."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How to train."""
+
+    max_steps: int = 1000
+    "Optimizer steps."
+    learning_rate: float = 1e-3
+    "Peak learning rate; warmed up linearly, then cosine to zero."
+    warmup: float = 0.1
+    "Part of the steps that the warm-up takes."
+    weight_decay: float = 0.1
+    "Decoupled weight decay; never on A_log, D, norms and biases."
+    betas: tuple[float, float] = (0.9, 0.95)
+    "AdamW's decay rates."
+    gradient_clip: float = 1.0
+    "Largest norm of the gradient; 0 means no clipping."
+    accumulate: int = 1
+    "Batches whose gradients make one step."
+    precision: Literal["32", "bf16"] = "32"
+    "Arithmetic: float32, or bfloat16 with float32 weights."
+    ema_decay: float = 0.0
+    "Decay of the exponential moving average of the weights that is validated and kept; 0 means none."
+    validate_every: int = 200
+    "Steps between validations; each also writes a checkpoint to resume from."
+    patience: int | None = None
+    "Validations without improvement after which to stop; None means never."
+    seed: int = 0
+    "Seed of the initial weights and of dropout."
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    "Where to train."
+    num_workers: int = 0
+    "Processes that prepare batches; 0 means the training process itself."
+    resume: bool = False
+    "Go on from the run folder's last checkpoint."
+
+
+def fit(config: ModelConfig, data: TrainingData, training: TrainingConfig, run: Path, *, card: str = "") -> Path:
+    """Train a model and return the folder run/model of the weights with the best validation loss.
+
+    The run folder also holds run.json (both configurations), logs/ (CSV and TensorBoard) and checkpoints/.
+    """
+    last = _prepare_run(config, training, run)
+    model = build(config, seed=training.seed)
+    task = _Task(model, data, training)
+    checkpoints = ModelCheckpoint(
+        dirpath=run / "checkpoints",
+        filename="best",
+        monitor="val_loss",
+        save_last=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    callbacks: list[Callback] = [_ReportLines(training.max_steps)]
+    if training.ema_decay:
+        callbacks.append(EMAWeightAveraging(decay=training.ema_decay))
+    if training.patience is not None:
+        callbacks.append(EarlyStopping("val_loss", patience=training.patience))
+    bar = sys.stderr.isatty()
+    with _quiet_lightning():
+        trainer = pl.Trainer(
+            max_steps=training.max_steps,
+            max_epochs=-1,
+            accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[training.device],
+            devices=1,
+            precision={"32": "32-true", "bf16": "bf16-mixed"}[training.precision],  # pyright: ignore
+            gradient_clip_val=training.gradient_clip or None,
+            accumulate_grad_batches=training.accumulate,
+            reload_dataloaders_every_n_epochs=1,  # an epoch is what lies between two validations
+            num_sanity_val_steps=0,
+            log_every_n_steps=10,
+            enable_progress_bar=bar,
+            enable_model_summary=False,
+            callbacks=[*callbacks, checkpoints],
+            logger=[CSVLogger(run, "logs"), TensorBoardLogger(run, "logs")],
+        )
+        if trainer.accelerator.auto_device_count() and trainer.strategy.root_device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        trainer.fit(task, ckpt_path=last, weights_only=True if last else None)
+    best = torch.load(run / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
+    prefix = "model."
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in best["state_dict"].items() if k.startswith(prefix)})
+    return save(model, run / "model", card=card or None)
+
+
+def _prepare_run(config: ModelConfig, training: TrainingConfig, run: Path) -> Path | None:
+    """Create the run folder, or check that the one to resume was started the same way; its last checkpoint if any."""
+    say = json.dumps({"model": to_dict(config), "training": _settings(training)}, indent=2) + "\n"
+    record, last = run / "run.json", run / "checkpoints" / "last.ckpt"
+    if record.exists() and not training.resume:
+        raise InputError(
+            f"{run}: a run is already here; resume it with --training.resume=true or choose another folder"
+        )
+    if record.exists() and json.loads(record.read_text()) != json.loads(say):
+        raise InputError(f"{run}: this run was started with other settings (run.json); repeat them to resume it")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        replace(record, lambda path: path.write_text(say))
+    except OSError as error:
+        raise InputError(f"{run}: cannot write the run folder ({error.strerror}); choose another one") from None
+    return last if last.exists() else None
+
+
+def _settings(training: TrainingConfig) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(training).items() if k not in ("resume", "device", "num_workers")}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: no decay on A_log, D, dt biases, norms and biases, as in the papers' recipes."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        bare = name.endswith("A_log") or parameter.dim() < 2
+        (plain if bare else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def schedule(step: int, max_steps: int, warmup: float) -> float:
+    """Factor on the learning rate: linear warm-up, then a cosine to zero at max_steps."""
+    rising = max(1, round(warmup * max_steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, max_steps - rising))))
+
+
+class _Steps(Dataset):
+    """Batches first, first + 1, ... of a data set, as a map-style data set."""
+
+    def __init__(self, data: TrainingData, first: int, count: int) -> None:
+        self.data, self.first, self.count = data, first, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.data.train_batch(self.first + index)
+
+
+class _Task(pl.LightningModule):
+    def __init__(self, model: Model, data: TrainingData, training: TrainingConfig) -> None:
+        super().__init__()
+        self.model, self.data, self.training_config = model, data, training
+
+    def train_dataloader(self) -> DataLoader:
+        training, done = self.training_config, self.trainer.global_step
+        steps = min(training.validate_every, training.max_steps - done)
+        batches = _Steps(self.data, done * training.accumulate, steps * training.accumulate)
+        pin = self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(batches, batch_size=None, num_workers=training.num_workers, pin_memory=pin)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.data.validation_batches(), batch_size=None)  # pyright: ignore
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # dropout depends on the step alone, so that a resumed run repeats it
+        number = (
+            self.trainer.global_step * self.training_config.accumulate + batch_idx % self.training_config.accumulate
+        )
+        torch.manual_seed(self.training_config.seed * 1_000_003 + number)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, metrics = self.model.loss(batch)
+        shown = {f"train_{k}": v for k, v in metrics.items() if k != "count"}
+        self.log_dict({"train_loss": loss.detach(), **shown}, batch_size=1)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        loss, metrics = self.model.loss(batch)
+        shown = {f"val_{k}": v.float() for k, v in metrics.items() if k != "count"}
+        self.log_dict({"val_loss": loss, **shown}, batch_size=int(metrics["count"]))
+
+    def configure_optimizers(self) -> Any:
+        training = self.training_config
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, training.weight_decay), lr=training.learning_rate, betas=training.betas
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: schedule(step, training.max_steps, training.warmup)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class _ReportLines(Callback):
+    """One line on stderr per validation."""
+
+    def __init__(self, max_steps: int) -> None:
+        self.max_steps = max_steps
+        self.started, self.first = time.monotonic(), 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started, self.first = time.monotonic(), trainer.global_step
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        seconds = time.monotonic() - self.started
+        rate = (trainer.global_step - self.first) / max(seconds, 1e-9)
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+        print(f"step {trainer.global_step}/{self.max_steps}  {shown}  {rate:.2f} steps/s", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Without Lightning's advice on things that are so on purpose here (workers, epochs of changing length)."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
