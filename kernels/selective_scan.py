@@ -144,8 +144,8 @@ def _check(
             f"({b}, {l}, g, {n}) with g dividing {e}; for one group use B[:, :, None]"
         )
     wanted = {
-        "dt": (dt, (b, l, e)), "C": (C, tuple(B.shape)), "D": (D, (e,)), "z": (z, (b, l, e)), "dt_bias": (dt_bias, (e,)),
-        "initial_state": (initial_state, (b, e, n)), "seq_idx": (seq_idx, (b, l)),
+        "dt": (dt, (b, l, e)), "C": (C, tuple(B.shape)), "D": (D, (e,)), "z": (z, (b, l, e)),
+        "dt_bias": (dt_bias, (e,)), "initial_state": (initial_state, (b, e, n)), "seq_idx": (seq_idx, (b, l)),
     }  # fmt: skip
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != shape:
