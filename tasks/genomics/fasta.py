@@ -1,0 +1,239 @@
+"""FASTA as a stream: records of token chunks, in memory that does not grow with the file or the record.
+
+Plain, gzip and BGZF files are told apart by their first bytes, and standard input is the file `-`. A damaged file gives
+its good records first; `FastaReader` then raises an InputError that says what is wrong.
+"""
+
+import gzip
+import io
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from seqmodels.errors import InputError
+from seqmodels.tasks.genomics.tokens import Counts, Tokens, encode
+
+BLOCK = 1 << 17
+"Bytes read at a time."
+_LONGEST_HEADER = 1 << 16
+_BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+_OTHER_FORMATS = {
+    b"PK\x03\x04": ("a zip archive", "unpack it first"),
+    b"BZh": ("compressed with bzip2", "use bunzip2 first"),
+    b"\xfd7zXZ": ("compressed with xz", "use unxz first"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "use unzstd first"),
+}
+
+
+@dataclass
+class Record:
+    """One FASTA record, whose tokens are read once, in order, before the next record is asked for."""
+
+    name: str
+    "First word of the header."
+    description: str
+    "The rest of the header."
+    number: int
+    "Place in the file, from 1."
+    counts: Counts = field(default_factory=Counts)
+    "Statistics of what has been read so far; complete once the chunks are used up."
+    truncated: bool = False
+    "Whether the file broke off inside this record."
+    _chunks: Iterator[Tokens] = field(default_factory=lambda: iter(()), repr=False)
+
+    def chunks(self) -> Iterator[Tokens]:
+        """Chunks (l,) of tokens of at most BLOCK bases; they end before the first invalid character."""
+        return self._chunks
+
+    def tokens(self) -> Tokens:
+        """All tokens (l,) at once, for records that are known to fit into memory."""
+        parts = list(self._chunks)
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint8)
+
+
+class FastaReader:
+    """Iterates over the records of a FASTA file (`-`: standard input) and raises an InputError for what is damaged.
+
+    The error comes at the first step if nothing can be read, and after the last readable record otherwise.
+    """
+
+    def __init__(self, path: Path | str):
+        self.name = "standard input" if str(path) == "-" else str(path)
+        self._path = path
+        self._problem: str | None = None
+        self._broken = False  # the bytes ended too early
+        self._bgzf: _Bgzf | None = None
+
+    def __iter__(self) -> Iterator[Record]:
+        raw = _open(self._path, self.name)
+        with raw:
+            yield from self._records(self._decompressed(raw))
+        if self._problem:
+            raise InputError(self._problem)
+
+    def _decompressed(self, raw: io.BufferedReader) -> io.BufferedIOBase:
+        head = raw.peek(64)[:64]
+        if head[:2] == b"\x1f\x8b":
+            if head[3:4] != b"\x04" or head[12:14] != b"BC":
+                return gzip.GzipFile(fileobj=raw)
+            self._bgzf = _Bgzf(raw)
+            return gzip.GzipFile(fileobj=io.BufferedReader(self._bgzf, BLOCK))
+        for magic, (what, remedy) in _OTHER_FORMATS.items():
+            if head.startswith(magic):
+                raise InputError(f"{self.name} is not FASTA but {what}; {remedy}")
+        return raw
+
+    def _records(self, stream: io.BufferedIOBase) -> Iterator[Record]:
+        parts = self._parts(stream)
+        part = next(parts, None)
+        if part is None and not self._problem:
+            self._problem = f"{self.name} is empty; give a FASTA file"
+        if part is not None and not part[0]:
+            part = self._skip_text(part[1], parts)
+        number = 0
+        while part is not None:
+            number += 1
+            name, description = _parse_header(part[1])
+            record = Record(name, description, number)
+            following: list[tuple[bool, bytes]] = []
+            record._chunks = self._encode(parts, record, following)
+            yield record
+            for _ in record._chunks:  # what the caller has left
+                pass
+            part = following[0] if following else None
+
+    def _skip_text(self, text: bytes, parts: Iterator[tuple[bool, bytes]]) -> tuple[bool, bytes] | None:
+        """The first header after text that should not be there; None where records cannot be expected."""
+        if b"\0" in text:
+            self._problem = f"{self.name} is a binary file; give a FASTA file, plain or compressed with gzip"
+            return None
+        shown = text.strip().split(b"\n")[0][:30].decode("utf-8", errors="replace")
+        if shown.startswith("@"):
+            self._problem = f"{self.name} begins with {shown!r}, perhaps FASTQ; convert it to FASTA"
+            return None
+        self._problem = f"{self.name} has text before the first '>' ({shown!r}); remove it or give a FASTA file"
+        header = next((part for part in parts if part[0]), None)
+        if header is None and not self._broken:
+            self._problem = f"{self.name} has no FASTA record (no line begins with '>'); give a FASTA file"
+        return header
+
+    def _encode(
+        self, parts: Iterator[tuple[bool, bytes]], record: Record, following: list[tuple[bool, bytes]]
+    ) -> Iterator[Tokens]:
+        for is_header, part in parts:
+            if is_header:
+                following.append((is_header, part))
+                return
+            if record.counts.invalid is None:
+                tokens = encode(part, record.counts)
+                if len(tokens):
+                    yield tokens
+        record.truncated = self._broken
+
+    def _parts(self, stream: io.BufferedIOBase) -> Iterator[tuple[bool, bytes]]:
+        """Cuts the stream into parts: (True, a whole header line without '>') and (False, bytes of sequence)."""
+        header: bytes | None = None  # the beginning of a header that has not ended yet
+        line_start = True
+        for number, block in enumerate(self._blocks(stream)):
+            i = 3 if number == 0 and block.startswith(b"\xef\xbb\xbf") else 0  # a byte order mark
+            while i < len(block):
+                if header is not None:
+                    end = block.find(b"\n", i)
+                    header += block[i:] if end < 0 else block[i:end]
+                    if len(header) > _LONGEST_HEADER:
+                        start = header[:20].decode(errors="replace")
+                        self._problem = (
+                            f"{self.name} has a header line of more than {_LONGEST_HEADER} bytes ('>{start}...'); "
+                            "is it FASTA, with the line ends of Unix or Windows?"
+                        )
+                        return
+                    if end < 0:
+                        break
+                    yield True, header
+                    header, line_start, i = None, True, end + 1
+                elif line_start and block[i] == ord(">"):
+                    header, i = b"", i + 1
+                else:
+                    end = block.find(b"\n>", i) + 1 or len(block)
+                    part = block[i:end]
+                    if part.strip():
+                        yield False, part
+                    line_start, i = part.endswith(b"\n"), end
+        if header is not None:
+            yield True, header
+
+    def _blocks(self, stream: io.BufferedIOBase) -> Iterator[bytes]:
+        """Blocks of bytes; what goes wrong on the way ends them and is kept for later."""
+        try:
+            while block := stream.read1(BLOCK):  # read() would lose what comes before a cut
+                yield block
+            if self._bgzf is not None and self._bgzf.tail != _BGZF_END:
+                raise EOFError
+        except EOFError:
+            self._fail("is cut off (the gzip stream does not end); copy or download it again")
+        except (zlib.error, gzip.BadGzipFile) as error:
+            self._fail(f"is damaged ({error}); copy or download it again")
+        except OSError as error:
+            self._fail(f"cannot be read: {error.strerror or error}")
+
+    def _fail(self, what: str) -> None:
+        self._problem, self._broken = f"{self.name} {what}", True
+
+
+def _open(path: Path | str, name: str) -> io.BufferedReader:
+    if str(path) == "-":
+        return io.BufferedReader(_Unclosed(sys.stdin.buffer))
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise InputError(f"{name} does not exist; check the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{name} is a folder; give a FASTA file") from None
+    except OSError as error:
+        raise InputError(f"cannot open {name}: {error.strerror}; check its permissions") from None
+
+
+class _Unclosed(io.RawIOBase):
+    """Standard input behind a buffer of our own, which may be closed without closing standard input."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self._stream.read1(len(buffer)) if hasattr(self._stream, "read1") else self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class _Bgzf(io.RawIOBase):
+    """A BGZF stream that remembers its last 28 bytes: an empty block, which every writer adds, unless it was cut off.
+
+    Each block of BGZF is a whole gzip member, so that a file cut between two blocks looks intact to gzip.
+    """
+
+    def __init__(self, stream: io.BufferedReader):
+        self._stream = stream
+        self.tail = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self.tail = (self.tail + data[-len(_BGZF_END) :])[-len(_BGZF_END) :]
+        return len(data)
+
+
+def _parse_header(header: bytes) -> tuple[str, str]:
+    text = header.decode("utf-8", errors="replace")
+    words = "".join(c if c.isprintable() else " " for c in text).split(None, 1)
+    return (words[0] if words else ""), (words[1].strip() if len(words) > 1 else "")

@@ -1,0 +1,109 @@
+"""DNA as token ids, one per base, with the ids of HyenaDNA and Caduceus.
+
+Ids: [CLS] 0, [SEP] 1, [BOS] 2, [MASK] 3, [PAD] 4, [RESERVED] 5, [UNK] 6, A 7, C 8, G 9, T 10, N 11; the embedding is
+padded to 16 rows, so that checkpoints of both families fit.
+
+What becomes of each byte of a sequence (the one place where this is said):
+
+| byte                                | token | counted as                        |
+| ----------------------------------- | ----- | --------------------------------- |
+| A C G T                             | same  | length                            |
+| U                                   | T     | length                            |
+| N                                   | N     | length, unknown                   |
+| R Y S W K M B D H V X - . * ?       | N     | length, unknown, ambiguous        |
+| a c g t u n r y s w k m b d h v x   | as upper case | the same, and soft-masked |
+| space, tab, carriage return, newline | none | nothing: white space is skipped   |
+| anything else: other letters, digits, control characters, non-ASCII | none | the record is invalid |
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+VOCABULARY = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", "A", "C", "G", "T", "N")
+VOCAB_SIZE = 16
+PAD, A, C, G, T, N = 4, 7, 8, 9, 10, 11
+TOKENIZER = {"type": "dna", "vocabulary": list(VOCABULARY)}
+"What a checkpoint's config.json says about its tokens."
+
+Tokens = NDArray[np.uint8]
+
+_WHITE_SPACE = b" \t\r\n"
+_SOFT_MASKED, _AMBIGUOUS, _INVALID = 0x10, 0x20, 0x40  # flags above the four bits of the token
+
+
+def _make_table() -> bytes:
+    table = bytearray([_INVALID]) * 256
+    for base, token in zip("ACGTUN", (A, C, G, T, T, N), strict=True):
+        table[ord(base)] = token
+    for code in "RYSWKMBDHVX":
+        table[ord(code)] = N | _AMBIGUOUS
+    for letter in range(ord("A"), ord("Z") + 1):
+        if table[letter] != _INVALID:
+            table[letter + 32] = table[letter] | _SOFT_MASKED
+    for code in "-.*?":
+        table[ord(code)] = N | _AMBIGUOUS
+    return bytes(table)
+
+
+_TABLE = _make_table()
+_COMPLEMENT = np.arange(VOCAB_SIZE, dtype=np.uint8)
+_COMPLEMENT[[A, C, G, T]] = [T, G, C, A]
+_LETTERS = np.frombuffer(b"??????" + b"?ACGTN" + b"????", dtype=np.uint8)
+
+
+@dataclass
+class Counts:
+    """Statistics of one record, summed up while it is tokenized."""
+
+    length: int = 0
+    "Bases, every code of the table included."
+    unknown: int = 0
+    "Bases whose token is N."
+    ambiguous: int = 0
+    "Of these, the ones that were not written as N."
+    soft_masked: int = 0
+    "Bases in lower case."
+    invalid: tuple[int, str] | None = field(default=None)
+    "Position (from 1) and character of the first byte that is no base, if there is one."
+
+
+def encode(sequence: bytes, counts: Counts | None = None) -> Tokens:
+    """Tokens (l,) uint8 of the bytes of a sequence; adds to `counts`, and stops before the first invalid byte."""
+    coded = np.frombuffer(sequence.translate(_TABLE, _WHITE_SPACE), dtype=np.uint8)
+    counts = Counts() if counts is None else counts
+    flags = int(np.bitwise_or.reduce(coded)) if len(coded) else 0
+    if flags & _INVALID:
+        first = int(np.argmax(coded >= _INVALID))
+        character = sequence.translate(None, _WHITE_SPACE)[first : first + 4].decode("utf-8", errors="replace")[0]
+        if counts.invalid is None:
+            counts.invalid = (counts.length + first + 1, character)
+        coded = coded[:first]
+    tokens = coded & 0x0F if flags > 0x0F else coded
+    counts.length += len(coded)
+    counts.unknown += int(np.count_nonzero(tokens == N))
+    if flags & _AMBIGUOUS:
+        counts.ambiguous += int(np.count_nonzero(coded & _AMBIGUOUS))
+    if flags & _SOFT_MASKED:
+        counts.soft_masked += int(np.count_nonzero(coded & _SOFT_MASKED))
+    return tokens
+
+
+def decode(tokens: Tokens) -> str:
+    """The bases of tokens (l,) as upper-case letters; '?' for tokens that are no base."""
+    return _LETTERS[tokens].tobytes().decode("ascii")
+
+
+def reverse_complement(tokens: Tokens) -> Tokens:
+    """Tokens (..., l) of the other strand, read in its own direction."""
+    return _COMPLEMENT[tokens[..., ::-1]]
+
+
+def pad_right(sequences: list[Tokens]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids (b, l) with [PAD] after the shorter sequences, and lengths (b,)."""
+    lengths = np.array([len(s) for s in sequences], dtype=np.int64)
+    ids = np.full((len(sequences), lengths.max()), PAD, dtype=np.int64)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return ids, lengths
