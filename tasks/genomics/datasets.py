@@ -1,0 +1,271 @@
+"""Batches of labelled DNA for training and validation, and evenly spaced windows for evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from seqmodels.errors import InputError
+from seqmodels.tasks.genomics.inference import batches_by_length
+from seqmodels.tasks.genomics.labelled import LabelledRecords
+from seqmodels.tasks.genomics.tokens import N, Tokens, pad_right, reverse_complement
+
+Batch = dict[str, torch.Tensor]
+
+
+def parse_lengths(lengths: str | list[int] | None) -> list[int]:
+    """Window lengths from '1024,8192' or a list; none gives an empty list."""
+    parts = (
+        (lengths.strip("[]").split(",") if lengths.strip("[]") else []) if isinstance(lengths, str) else lengths or []
+    )
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        raise InputError(f"window is {lengths!r}; give lengths in bases, for example 1024,8192") from None
+    if any(number < 1 for number in numbers):
+        raise InputError(f"window is {lengths!r}; lengths must be at least 1")
+    return numbers
+
+
+def to_batch(sequences: list[Tokens], labels: NDArray[np.int64]) -> Batch:
+    """Right-padded ids (b, l), lengths (b,) and targets (b,), all int64."""
+    ids, lengths = pad_right(sequences)
+    return {
+        "ids": torch.from_numpy(ids),
+        "lengths": torch.from_numpy(lengths),
+        "targets": torch.from_numpy(labels.astype(np.int64)),
+    }
+
+
+def training_data(
+    records: LabelledRecords,
+    lengths: list[int],
+    *,
+    batch_tokens: int,
+    validation_fraction: float,
+    validation_windows: int,
+    augment: bool,
+    seed: int,
+) -> "RecordData | WindowData":
+    """The batches of `records`: windows of long records, whole (or cropped) records otherwise."""
+    if len(records.classes) < 2:
+        raise InputError(f"the data have one class only ({records.classes[0]}); training needs two or more")
+    if not 0 < validation_fraction < 1:
+        raise InputError(f"validation_fraction is {validation_fraction}; give a number between 0 and 1")
+    if records.long:
+        return WindowData(
+            records,
+            lengths or [1024, 8192, 65536],
+            batch_tokens=batch_tokens,
+            validation_fraction=validation_fraction,
+            validation_windows=validation_windows,
+            augment=augment,
+            seed=seed,
+        )
+    return RecordData(
+        records,
+        lengths,
+        batch_tokens=batch_tokens,
+        validation_fraction=validation_fraction,
+        augment=augment,
+        seed=seed,
+    )
+
+
+class RecordData:
+    """Batches of short records: every training record once per pass, in an order that the seed and the pass decide.
+
+    Validation records are a fraction of each class. With `lengths`, each batch draws one of them, and longer records
+    are cut to that length at a random place.
+    """
+
+    def __init__(
+        self,
+        records: LabelledRecords,
+        lengths: list[int],
+        *,
+        batch_tokens: int,
+        validation_fraction: float,
+        augment: bool,
+        seed: int,
+    ):
+        self.records, self.lengths, self.batch_tokens = records, lengths, batch_tokens
+        self.augment, self.seed = augment, seed
+        self.training, self.validation = _split_by_class(records, validation_fraction, seed)
+        longest = max(len(records.tokens[i]) for i in self.training)
+        longest = min(longest, max(lengths)) if lengths else longest
+        self.batch_size = min(max(1, batch_tokens // longest), len(self.training))
+
+    def train_batch(self, step: int) -> Batch:
+        """Batch number `step`: a pure function of the seed and the step."""
+        rng = np.random.default_rng((self.seed, 1, step))
+        crop = int(rng.choice(self.lengths)) if self.lengths else None
+        per_pass = len(self.training) // self.batch_size
+        order = np.random.default_rng((self.seed, 0, step // per_pass)).permutation(self.training)
+        start = step % per_pass * self.batch_size
+        places = order[start : start + self.batch_size]
+        sequences = [_augmented(_crop(self.records.tokens[i], crop, rng), self.augment, rng) for i in places]
+        return to_batch(sequences, self.records.labels[places])
+
+    def validation_batches(self) -> list[Batch]:
+        """The held-out records in batches of similar length, cut at the end to the longest window."""
+        limit = max(self.lengths) if self.lengths else None
+        sequences = [self.records.tokens[i][:limit] for i in self.validation]
+        labels = self.records.labels[self.validation]
+        return [
+            to_batch([sequences[i] for i in places], labels[places])
+            for places in batches_by_length([len(s) for s in sequences], self.batch_tokens)
+        ]
+
+
+def _split_by_class(
+    records: LabelledRecords, fraction: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Places of training and validation records, the same fraction (at least one) of each class."""
+    rng = np.random.default_rng((seed, 2))
+    training, validation = [], []
+    for label, name in enumerate(records.classes):
+        places = rng.permutation(np.flatnonzero(records.labels == label))
+        if len(places) < 2:
+            raise InputError(f"class {name!r} has {len(places)} record; training and validation need one each")
+        count = min(max(1, round(fraction * len(places))), len(places) - 1)
+        validation.append(places[:count])
+        training.append(places[count:])
+    return np.sort(np.concatenate(training)), np.sort(np.concatenate(validation))
+
+
+def _crop(tokens: Tokens, length: int | None, rng: np.random.Generator) -> Tokens:
+    if length is None or len(tokens) <= length:
+        return tokens
+    start = int(rng.integers(len(tokens) - length + 1))
+    return tokens[start : start + length]
+
+
+def _augmented(tokens: Tokens, augment: bool, rng: np.random.Generator) -> Tokens:
+    return reverse_complement(tokens) if augment and rng.random() < 0.5 else tokens
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Bases start..end (from 0, end excluded) of a record."""
+
+    record: int
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+class WindowData:
+    """Batches of windows of long records, classes equally likely, each batch of one length.
+
+    Of each record a contiguous stretch, at a place that the seed decides, is held out for validation; no window
+    crosses its ends.
+    """
+
+    def __init__(
+        self,
+        records: LabelledRecords,
+        lengths: list[int],
+        *,
+        batch_tokens: int,
+        validation_fraction: float,
+        validation_windows: int,
+        augment: bool,
+        seed: int,
+    ):
+        self.records, self.lengths, self.batch_tokens = records, lengths, batch_tokens
+        self.augment, self.seed = augment, seed
+        self.validation_windows = validation_windows
+        self.training: list[Stretch] = []
+        self.validation: list[Stretch] = []
+        rng = np.random.default_rng((seed, 2))
+        for i, tokens in enumerate(records.tokens):
+            held_out = round(validation_fraction * len(tokens))
+            start = int(rng.integers(len(tokens) - held_out + 1))
+            self.validation.append(Stretch(i, start, start + held_out))
+            self.training += [Stretch(i, 0, start), Stretch(i, start + held_out, len(tokens))]
+        for length in lengths:
+            for stretches, what in ((self.training, "training"), (self.validation, "validation")):
+                self._check_room(length, stretches, what)
+
+    def _check_room(self, length: int, stretches: list[Stretch], what: str) -> None:
+        for label, name in enumerate(self.records.classes):
+            longest = max(len(s) for s in stretches if self.records.labels[s.record] == label)
+            if longest < length:
+                raise InputError(
+                    f"class {name!r} has no {what} stretch of {length} bases (the longest has {longest}); use shorter "
+                    "windows, longer records or another --validation_fraction"
+                )
+
+    def train_batch(self, step: int) -> Batch:
+        """Batch number `step`: a pure function of the seed and the step."""
+        rng = np.random.default_rng((self.seed, 1, step))
+        length = int(rng.choice(self.lengths))
+        labels = rng.integers(len(self.records.classes), size=max(1, self.batch_tokens // length))
+        sequences = [_augmented(self._draw(int(label), length, rng), self.augment, rng) for label in labels]
+        return to_batch(sequences, labels)
+
+    def _draw(self, label: int, length: int, rng: np.random.Generator) -> Tokens:
+        stretches = [s for s in self.training if self.records.labels[s.record] == label and len(s) >= length]
+        places = np.array([len(s) - length + 1 for s in stretches])
+        for _ in range(10):  # a window of mostly N teaches nothing; ten in a row would mean a record of them
+            at = int(rng.integers(places.sum()))
+            which = int(np.searchsorted(np.cumsum(places), at, side="right"))
+            start = stretches[which].start + at - int(places[:which].sum())
+            window = self.records.tokens[stretches[which].record][start : start + length]
+            if np.count_nonzero(window == N) <= length // 2:
+                break
+        return window
+
+    def validation_batches(self) -> list[Batch]:
+        """Windows of every length, evenly spaced in the held-out stretches, the same number for each class."""
+        batches = []
+        for length in self.lengths:
+            windows, labels = spaced_windows(
+                self.records, self.validation, length, self.validation_windows, overlap=False
+            )
+            size = max(1, self.batch_tokens // length)
+            for i in range(0, len(windows), size):
+                batches.append(to_batch(windows[i : i + size], labels[i : i + size]))
+        return batches
+
+
+def spaced_windows(
+    records: LabelledRecords, stretches: list[Stretch], length: int, count: int, *, overlap: bool
+) -> tuple[list[Tokens], NDArray[np.int64]]:
+    """At most `count` windows per class, as many for each class, evenly spaced over its stretches, with labels (n,).
+
+    Without `overlap`, no more windows are taken than fit side by side into the class with the least room.
+    """
+
+    def per_class(room: Callable[[Stretch], int]) -> list[tuple[list[Stretch], NDArray[np.int64]]]:
+        result = []
+        for label in np.unique([records.labels[s.record] for s in stretches]):
+            own = [s for s in stretches if records.labels[s.record] == label]
+            result.append((own, np.array([max(0, room(s)) for s in own])))
+        return result
+
+    if overlap:
+        rooms = per_class(lambda s: len(s) - length + 1)
+        step = 1
+    else:
+        rooms = per_class(lambda s: len(s) // length)
+        count = min(count, *(int(room.sum()) for _, room in rooms))
+        step = length
+    windows: list[Tokens] = []
+    labels: list[int] = []
+    for own, room in rooms:
+        if not room.sum():
+            name = records.classes[records.labels[own[0].record]]
+            raise InputError(f"class {name!r} has no record of {length} bases; use shorter windows")
+        ends = np.cumsum(room)
+        for at in np.unique(np.linspace(0, room.sum() - 1, count).astype(np.int64)) if count > 1 else [0]:
+            which = int(np.searchsorted(ends, at, side="right"))
+            start = own[which].start + (int(at) - int(ends[which] - room[which])) * step
+            windows.append(records.tokens[own[which].record][start : start + length])
+            labels.append(int(records.labels[own[which].record]))
+    return windows, np.array(labels, dtype=np.int64)

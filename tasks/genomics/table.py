@@ -1,0 +1,157 @@
+"""Tables of results: written row by row to TSV, CSV, JSON lines or Parquet, or shown on the screen."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from seqmodels.errors import InputError
+
+Format = Literal["tsv", "csv", "jsonl", "parquet"]
+Row = dict[str, Any]
+_SUFFIXES: dict[str, Format] = {".tsv": "tsv", ".txt": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
+
+
+def format_of(path: Path) -> Format:
+    """The format that a file's suffix names (also before .gz); an InputError if it names none."""
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in _SUFFIXES or (suffix == ".parquet" and path.suffix == ".gz"):
+        raise InputError(
+            f"{path} has no suffix of a table; use .tsv, .tsv.gz, .csv, .jsonl or .parquet, or say which with --format"
+        )
+    return _SUFFIXES[suffix]
+
+
+def open_atomically(path: Path) -> tuple[Path, int]:
+    """A new temporary file beside `path`, and its descriptor; an InputError if the place cannot be written to."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file for the output")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        return temporary, os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; give another place for the output") from None
+
+
+def check_writable(path: Path) -> None:
+    """An InputError if a file cannot be made at `path`: asked before long work."""
+    temporary, descriptor = open_atomically(path)
+    os.close(descriptor)
+    temporary.unlink()
+
+
+class TableWriter:
+    """Rows to a file, which appears whole under its name when the `with` block ends well, or to standard output.
+
+    Without a path: an aligned table of `shown` columns if standard output is a terminal, TSV otherwise.
+    """
+
+    def __init__(
+        self, path: Path | None, columns: dict[str, type], format: Format | None = None, shown: list[str] | None = None
+    ):
+        """`columns` maps names to str, int or float, in order; `shown` are the ones for a terminal."""
+        self._path, self._columns, self._shown = path, columns, shown or list(columns)
+        if path is None:
+            self._format = format or ("screen" if sys.stdout.isatty() else "tsv")
+            if self._format == "parquet":
+                raise InputError("Parquet is not text; name an output file with -o")
+        else:
+            self._format = format or format_of(path)
+        self._rows: list[Row] = []  # of the formats that need all rows at once
+
+    def __enter__(self) -> "TableWriter":
+        self._temporary = None
+        self._file: TextIO = sys.stdout
+        if self._path is not None:
+            self._temporary, descriptor = open_atomically(self._path)
+            binary = self._binary = os.fdopen(descriptor, "wb")
+            if self._path.suffix == ".gz":
+                binary = gzip.GzipFile(filename="", mode="wb", fileobj=binary, mtime=0)
+            self._file = io.TextIOWrapper(binary, encoding="utf-8", newline="")
+        if self._format == "csv":
+            self._csv = csv.writer(self._file, lineterminator="\n")
+        elif self._format == "tsv":  # without quotes: text in rows holds no tabs or line ends
+            self._csv = csv.writer(
+                self._file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None
+            )
+        if self._format in ("tsv", "csv"):
+            self._csv.writerow(self._columns)
+        return self
+
+    def write(self, rows: list[Row]) -> None:
+        """Adds rows and passes them on to the file at once, where the format allows it."""
+        try:
+            if self._format in ("tsv", "csv"):
+                self._csv.writerows([_text(row.get(name)) for name in self._columns] for row in rows)
+                self._file.flush()
+            elif self._format == "jsonl":
+                for row in rows:
+                    values = {name: _rounded(row.get(name)) for name in self._columns}
+                    self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+                self._file.flush()
+            else:
+                self._rows.extend(rows)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None and self._format == "screen":
+                self._file.write(aligned(self._rows, self._shown))
+            if self._temporary is None or self._path is None:
+                return
+            if kind is None and self._format == "parquet":
+                self._write_parquet()
+            self._file.close()
+            self._binary.close()  # GzipFile leaves the file below it open
+            if kind is None:
+                os.replace(self._temporary, self._path)
+        except OSError as error:
+            raise self._failure(error) from None
+        finally:
+            if self._temporary is not None:
+                self._temporary.unlink(missing_ok=True)
+
+    def _write_parquet(self) -> None:
+        import polars
+
+        kinds = {str: polars.String, int: polars.Int64, float: polars.Float64}
+        frame = polars.DataFrame(
+            [{name: row.get(name) for name in self._columns} for row in self._rows],
+            schema={name: kinds[kind] for name, kind in self._columns.items()},
+        )
+        frame.write_parquet(self._file.buffer)  # type: ignore[attr-defined]
+
+    def _failure(self, error: OSError) -> Exception:
+        if isinstance(error, BrokenPipeError):
+            return error
+        place = self._path or "standard output"
+        return InputError(f"cannot write {place}: {error.strerror or error}; make room or give another place")
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _text(value: Any) -> Any:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def aligned(rows: list[Row], columns: list[str]) -> str:
+    """Rows as a table for people: columns side by side, numbers to the right."""
+    if not rows:
+        return ""
+    cells = [[str(_text(row.get(name))) for name in columns] for row in rows]
+    lines = []
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    numeric = [all(isinstance(row.get(name), (int, float, type(None))) for row in rows) for name in columns]
+    for line in [columns, *cells]:
+        padded = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True)]
+        lines.append("  ".join(padded).rstrip() + "\n")
+    return "".join(lines)
