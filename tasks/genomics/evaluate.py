@@ -1,0 +1,210 @@
+"""`longseq dna evaluate`: metrics with intervals, of a model on labelled data or of a table of predictions."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from seqmodels.errors import InputError
+from seqmodels.tasks.genomics.datasets import Stretch, parse_lengths, spaced_windows
+from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits
+from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, read_labels, read_table
+from seqmodels.tasks.genomics.metrics import METRICS, evaluate_scores
+from seqmodels.tasks.genomics.table import aligned, check_writable, open_atomically
+from seqmodels.tasks.genomics.tokens import Tokens
+
+_TABLES = (".tsv", ".tsv.gz", ".txt", ".csv", ".csv.gz", ".jsonl", ".parquet")
+
+
+def evaluate(
+    source: str,
+    data: Path | None = None,
+    labels: Path | None = None,
+    split: str = "test",
+    window: str | list[int] | None = None,
+    windows: int = 200,
+    overlap: bool = False,
+    output: Path | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: Dtype = "float32",
+    batch_tokens: int = 65536,
+    chunk: int = 16384,
+    quiet: bool = False,
+) -> int:
+    """Evaluate a model on labelled data, or a table of predictions that `longseq dna classify` has written.
+
+    Prints accuracy, balanced accuracy, macro-F1, MCC, and AUROC and AUPRC (one class against the rest, averaged), each
+    with its 95 % bootstrap interval over the samples, and the confusion matrix.
+
+    Args:
+        source: A model (as for classify), or a table of predictions (.tsv, .csv, .jsonl, .parquet).
+        data: For a model: a table with sequence and label, a FASTA file (with --labels), or a folder of long records
+            with metadata.csv.
+        labels: Table with the columns record and label, for a FASTA file or for predictions.
+        split: Which rows of metadata.csv to take, if it has a column split.
+        window: Lengths of the windows cut from long records, for example 1024,8192,65536; otherwise whole records.
+        windows: Windows per class and length, evenly spaced; the same number for each class.
+        overlap: Whether windows may overlap to reach that number.
+        output: JSON file for the results.
+        resamples: Bootstrap resamples.
+        seed: Seed of the bootstrap.
+        device: auto, cpu, cuda or cuda:<number>.
+        dtype: Number format of the weights and activations.
+        batch_tokens: Bases per batch.
+        chunk: Longer sequences are read in chunks of so many bases.
+        quiet: No progress on a terminal.
+
+    Returns:
+        0.
+    """
+    if output is not None:
+        check_writable(output)
+    if windows < 1 or resamples < 0:
+        raise InputError(f"windows is {windows} and resamples is {resamples}; give at least 1 and 0")
+    if source.endswith(_TABLES):
+        if labels is None:
+            raise InputError(f"{source} is a table of predictions; name the table of labels with --labels")
+        classes, samples = _from_predictions(Path(source), labels)
+    else:
+        if data is None:
+            raise InputError(f"{source} is taken for a model; name labelled data with --data")
+        lengths = parse_lengths(window)
+        classifier = Classifier(source, device, dtype, batch_tokens, chunk)
+        records = load_labelled(data, labels, split=split, classes=classifier.classes)
+        if lengths and not records.long:
+            raise InputError(f"{data} has short records, which are taken whole; leave --window out")
+        classes = classifier.classes
+        samples = _from_model(classifier, records, lengths, windows, overlap, quiet)
+    results = []
+    for length, targets, scores in samples:
+        results.append({"window": length, **evaluate_scores(targets, scores, resamples=resamples, seed=seed)})
+        print(_shown(results[-1], classes), flush=True)
+    if output is not None:
+        settings = {"split": split, "windows": windows, "overlap": overlap, "resamples": resamples, "seed": seed}
+        report = {"source": source, "data": str(data) if data else None, "labels": str(labels) if labels else None}
+        _write_json(output, {**report, **settings, "classes": list(classes), "results": results})
+    return 0
+
+
+Samples = Iterator[tuple[int | None, NDArray[np.int64], NDArray[np.float64]]]
+
+
+def _from_model(
+    classifier: Classifier, records: LabelledRecords, lengths: list[int], windows: int, overlap: bool, quiet: bool
+) -> Samples:
+    """Window length (None: whole records), class ids (n,) and logits (n, classes), for each length."""
+    stretches = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(records.tokens)]
+    for length in lengths or [None]:
+        sequences, targets = records.tokens, records.labels
+        if length is not None:
+            sequences, targets = spaced_windows(records, stretches, length, windows, overlap=overlap)
+        yield length, targets, _logits(classifier, sequences, quiet).astype(np.float64)
+
+
+def _logits(classifier: Classifier, sequences: list[Tokens], quiet: bool) -> Logits:
+    """Logits (n, classes): short sequences in batches, long ones in chunks."""
+    logits = np.zeros((len(sequences), len(classifier.classes)), dtype=np.float32)
+    limit = classifier.longest_batched
+    short = [i for i, s in enumerate(sequences) if len(s) <= limit]
+    progress = tqdm(total=len(sequences), unit="sequence", disable=quiet or not sys.stderr.isatty())
+    with progress:
+        for start in range(0, len(short), 1024):
+            places = short[start : start + 1024]
+            logits[places] = classifier.batch([sequences[i] for i in places])
+            progress.update(len(places))
+        for i, sequence in enumerate(sequences):
+            if len(sequence) > limit:
+                if not classifier.causal:
+                    raise InputError(f"a sequence has {len(sequence)} bases, more than one batch; raise --batch_tokens")
+                logits[i] = classifier.stream([sequence])
+                progress.update()
+    return logits
+
+
+def _from_predictions(path: Path, labels: Path) -> tuple[tuple[str, ...], Samples]:
+    """Classes, and the samples of the rows that have a prediction."""
+    label_of = read_labels(labels)
+    table = _read_predictions(path)
+    classes = tuple(name[2:] for name in table if name.startswith("p_"))
+    if "record_id" not in table or not classes:
+        raise InputError(f"{path} lacks the columns record_id and p_<class>; give a table written by 'dna classify'")
+    ids = {name: i for i, name in enumerate(classes)}
+    targets, rows = [], []
+    for i, record in enumerate(table["record_id"]):
+        if table[f"p_{classes[0]}"][i] in ("", None):
+            continue
+        if record not in label_of:
+            raise InputError(f"{labels} has no label for record {record!r} of {path}; add it")
+        if label_of[record] not in ids:
+            raise InputError(f"{labels}: label {label_of[record]!r} is not a class of {path} ({', '.join(classes)})")
+        targets.append(ids[label_of[record]])
+        rows.append(i)
+    if not rows:
+        raise InputError(f"{path} has no row with a prediction; nothing can be evaluated")
+    try:
+        scores = np.array([[float(table[f"p_{name}"][i]) for name in classes] for i in rows])
+    except ValueError as error:
+        raise InputError(f"{path}: a probability is no number ({error})") from None
+    if skipped := len(table["record_id"]) - len(rows):
+        print(f"longseq: {path}: {skipped} rows without a prediction are left out", file=sys.stderr)
+    return classes, iter([(None, np.array(targets, dtype=np.int64), scores)])
+
+
+def _read_predictions(path: Path) -> dict[str, list[Any]]:
+    if path.suffix not in (".jsonl", ".parquet"):
+        return read_table(path)
+    import polars
+
+    try:
+        frame = polars.read_parquet(path) if path.suffix == ".parquet" else polars.read_ndjson(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the path") from None
+    except (OSError, polars.exceptions.PolarsError) as error:
+        raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    return {name: frame[name].to_list() for name in frame.columns}
+
+
+def _shown(result: dict[str, Any], classes: tuple[str, ...]) -> str:
+    """A result as text: a line per metric, then the confusion matrix."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    rows = []
+    for name in METRICS:
+        values = result["metrics"][name]
+        interval = f"{number(values['low'])} to {number(values['high'])}" if "low" in values else ""
+        rows.append({"metric": name, "value": number(values["value"]), "95 % interval": interval})
+    confusion = [
+        {"true \\ predicted": name, **dict(zip(classes, counts, strict=True))}
+        for name, counts in zip(classes, result["confusion"], strict=True)
+    ]
+    what = "whole records" if result["window"] is None else f"windows of {result['window']} bases"
+    return "\n".join(
+        [
+            f"{result['n']} {what}",
+            aligned(rows, ["metric", "value", "95 % interval"]),
+            aligned(confusion, ["true \\ predicted", *classes]),
+        ]
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary, descriptor = open_atomically(path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; make room or give another place") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,140 @@
+"""`longseq dna train`: a classifier of DNA sequences from labelled data."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from seqmodels import presets
+from seqmodels.config import BackboneConfig, HeadConfig, ModelConfig
+from seqmodels.errors import InputError
+from seqmodels.tasks.genomics.datasets import RecordData, parse_lengths, training_data
+from seqmodels.tasks.genomics.labelled import load_labelled
+from seqmodels.tasks.genomics.tokens import TOKENIZER, VOCAB_SIZE
+from seqmodels.training import TrainingConfig, fit
+
+Mixer = Literal["mamba", "mamba2", "attention", "lstm"]
+
+
+def train(
+    data: Path,
+    run: Path,
+    labels: Path | None = None,
+    window: str | list[int] | None = None,
+    batch_tokens: int = 65536,
+    validation_fraction: float = 0.1,
+    validation_windows: int = 40,
+    reverse_complement: bool = True,
+    mixer: Mixer = "mamba2",
+    bidirectional: bool = False,
+    d_model: int = 128,
+    n_layer: int = 4,
+    d_state: int | None = None,
+    dropout: float = 0.0,
+    pool: Literal["last", "mean", "max"] = "mean",
+    training: TrainingConfig = TrainingConfig(),  # noqa: B008  # frozen
+) -> int:
+    """Train a classifier of DNA sequences and write it to the folder RUN/model.
+
+    For the species of enterobacteria (five training chromosomes, three window lengths):
+
+        longseq dna train genomes/enterobacteria runs/enterobacteria --window 1024,8192,65536
+            --batch_tokens 262144 --training.max_steps 4000 --training.precision bf16
+
+    Validation data are cut from the training data: a part of the records of each class, or of each long record a
+    contiguous stretch that no training window touches.
+
+    Args:
+        data: A table with the columns sequence and label (.csv, .tsv, also .gz), a FASTA file (with --labels), or a
+            folder of long records whose metadata.csv has the columns file, record and species or label.
+        run: Folder for the logs, checkpoints and the model.
+        labels: For a FASTA file: table with the columns record and label.
+        window: Lengths in bases, for example 1024,8192,65536; each batch draws one. Long records: the windows'
+            lengths, these three unless said otherwise; short records: longer ones are cut to it at a random place.
+        batch_tokens: Bases per batch, padding included, whatever the length.
+        validation_fraction: Part of the data that is held out.
+        validation_windows: Windows per class and length that are validated, at most, in long records.
+        reverse_complement: Whether each training sequence is read on the other strand half of the time.
+        mixer: Kind of layer.
+        bidirectional: Whether layers read both directions; such a model cannot read long records in chunks.
+        d_model: Width.
+        n_layer: Layers.
+        d_state: State size of mamba and mamba2; otherwise 16 and 128.
+        dropout: Dropout, in the layers and before the classifier.
+        pool: How the positions of a sequence are summarised.
+        training: Steps, learning rate and so on.
+
+    Returns:
+        0.
+    """
+    lengths = parse_lengths(window)
+    if batch_tokens < max(lengths, default=1):
+        raise InputError(f"batch_tokens is {batch_tokens}, less than one window of {max(lengths)}; raise it")
+    records = load_labelled(data, labels, split="train")
+    served = training_data(
+        records,
+        lengths,
+        batch_tokens=batch_tokens,
+        validation_fraction=validation_fraction,
+        validation_windows=validation_windows,
+        augment=reverse_complement,
+        seed=training.seed,
+    )
+    config = ModelConfig(
+        vocab_size=VOCAB_SIZE,
+        backbone=_backbone(mixer, bidirectional, d_model, n_layer, d_state, dropout),
+        head=HeadConfig(task="sequence", labels=records.classes, pool=pool, dropout=dropout),
+        tokenizer=TOKENIZER,
+    )
+    what = (
+        "whole records"
+        if isinstance(served, RecordData) and not lengths
+        else "windows of " + ", ".join(str(n) for n in served.lengths)
+    )
+    bases = sum(len(tokens) for tokens in records.tokens)
+    print(f"{len(records.names)} records, {bases} bases, {len(records.classes)} classes, {what}", file=sys.stderr)
+    card = _card(data, records.classes, what, reverse_complement, bases, training)
+    model = fit(config, served, training, run, card=card)
+    print(model)
+    return 0
+
+
+def _backbone(
+    mixer: Mixer, bidirectional: bool, d_model: int, n_layer: int, d_state: int | None, dropout: float
+) -> BackboneConfig:
+    if d_state is not None and mixer not in ("mamba", "mamba2"):
+        raise InputError(f"d_state is {d_state}, but {mixer} has no such size; leave it out")
+    state: dict[str, Any] = {} if d_state is None else {"d_state": d_state}
+    if mixer == "attention":
+        if bidirectional:
+            raise InputError("attention has no option bidirectional; leave it out")
+        backbone = presets.attention(d_model, n_layer, num_heads=max(1, d_model // 64))
+    elif mixer == "lstm":
+        backbone = presets.lstm(d_model, n_layer, bidirectional=bidirectional)
+    else:
+        preset = presets.mamba if mixer == "mamba" else presets.mamba2
+        backbone = preset(d_model, n_layer, bidirectional=bidirectional, **state)
+    return dataclasses.replace(backbone, dropout=dropout)
+
+
+def _card(
+    data: Path, classes: tuple[str, ...], what: str, augmented: bool, bases: int, training: TrainingConfig
+) -> str:
+    """The model card: what a user of the weights has to know."""
+    names = "\n".join(f"{i}. {name}" for i, name in enumerate(classes))
+    strands = "both strands (each sequence reverse-complemented half of the time)" if augmented else "one strand"
+    return f"""# Classifier of DNA sequences
+
+Trained on `{data.name}` ({bases} bases), {what}, {strands}, {training.max_steps} steps, seed {training.seed}. The
+weights with the best loss on held-out training data were kept.
+
+Tokens: one per base (A 7, C 8, G 9, T 10, everything else that stands for a base 11, padding 4).
+
+Classes, in order of their ids (from 0):
+
+{names}
+
+A sequence of another origin is also given one of these classes; the probabilities do not say that it is none of them.
+
+    longseq dna classify contigs.fa.gz --model FOLDER
+"""
