@@ -1,0 +1,78 @@
+"""Makes contigs.fa.gz: simulated contigs of five species of bacteria, with no sequence copied from any genome.
+
+Each contig is drawn from a Markov chain of order 8 whose statistics are those of one species' training chromosome,
+both strands counted, so that a classifier of composition has something to find. Some bases are set in lower case and
+some runs to N and to codes such as R, as in real assemblies. Run it with the folder of data in LONGSEQ_DATA:
+
+    LONGSEQ_DATA=... python examples/make_contigs.py
+"""
+
+import gzip
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seqmodels.tasks.genomics.labelled import load_labelled
+from seqmodels.tasks.genomics.tokens import A, T, decode, reverse_complement
+
+ORDER = 8
+LENGTHS = (2_000, 5_000, 10_000, 20_000, 40_000, 60_000)
+CONTIGS = 12
+SEED = 1
+
+
+def transitions(strands: list[NDArray[np.uint8]]) -> NDArray[np.float64]:
+    """Cumulative probabilities (4**ORDER, 4) of the base after each ORDER bases, add-one."""
+    counts = np.ones((4**ORDER, 4))
+    for tokens in strands:
+        known = (tokens >= A) & (tokens <= T)
+        bases = np.where(known, tokens - A, 0).astype(np.int64)
+        n = len(bases) - ORDER
+        context, usable = np.zeros(n, dtype=np.int64), known[ORDER:].copy()
+        for k in range(ORDER):
+            context = context * 4 + bases[k : k + n]
+            usable &= known[k : k + n]
+        np.add.at(counts, (context[usable], bases[ORDER:][usable]), 1)
+    return np.cumsum(counts / counts.sum(1, keepdims=True), axis=1)
+
+
+def draw(chain: NDArray[np.float64], length: int, rng: np.random.Generator) -> str:
+    """A sequence of `length` bases from the chain, begun at a random context and run in for 1,000 bases."""
+    context, bases = int(rng.integers(len(chain))), []
+    for uniform in rng.random(length + 1000):
+        base = min(int(np.searchsorted(chain[context], uniform, side="right")), 3)
+        bases.append(base)
+        context = (context * 4 + base) % len(chain)
+    return decode(np.array(bases[1000:], dtype=np.uint8) + A)
+
+
+def main() -> None:
+    """Writes contigs.fa.gz beside this file."""
+    folder = Path(os.environ["LONGSEQ_DATA"]) / "genomes" / "enterobacteria"
+    records = load_labelled(folder, split="train")
+    rng = np.random.default_rng(SEED)
+    lines: list[str] = []
+    chains = [transitions([tokens, reverse_complement(tokens)]) for tokens in records.tokens]
+    for i in range(CONTIGS):
+        which = i % len(chains)
+        species = records.classes[records.labels[which]]
+        sequence = draw(chains[which], LENGTHS[i % len(LENGTHS)], rng)
+        for _ in range(int(rng.integers(3))):  # what a repeat masker and a scaffolder leave behind
+            start, size = int(rng.integers(len(sequence))), int(rng.integers(50, 500))
+            sequence = sequence[:start] + sequence[start : start + size].lower() + sequence[start + size :]
+        if i % 3 == 2:
+            start = int(rng.integers(len(sequence) - 200))
+            sequence = sequence[:start] + "N" * 100 + "RYK" + sequence[start + 103 :]
+        name = f"simulated_{species.replace(' ', '_')}_{i // len(chains) + 1}"
+        lines.append(f">{name} order-{ORDER} Markov chain of {species}, {len(sequence)} bases")
+        lines += [sequence[j : j + 80] for j in range(0, len(sequence), 80)]
+    text = ("\n".join(lines) + "\n").encode()
+    target = Path(__file__).with_name("contigs.fa.gz")
+    target.write_bytes(gzip.compress(text, compresslevel=9, mtime=0))
+    print(f"{target}: {CONTIGS} contigs, {target.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
