@@ -96,6 +96,10 @@ class Stack(nn.Module):
         self, x: Tensor, state: tuple | None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, tuple]:
         """(b, l, d) -> (b, l, d) and one state per layer."""
+        if lengths is not None and seq_idx is not None:  # padding belongs to the last real sequence: no reset there
+            last = seq_idx.gather(1, (lengths[:, None] - 1).clamp(min=0))
+            steps = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+            seq_idx = torch.where(steps < lengths[:, None], seq_idx, last)
         residual, states = None, []
         for i, layer in enumerate(self.layers):
             x, residual, layer_state = layer(x, residual, None if state is None else state[i], lengths, seq_idx)

@@ -92,7 +92,7 @@ def _from_huggingface(values: dict[str, Any], where: Path) -> ModelConfig:
             expand=expand,
             head_dim=head_dim,
             n_groups=values.get("n_groups", 8),
-            dt_limit=(float(low), float(high)),
+            dt_limit=(_number(low), _number(high)),
             norm_epsilon=epsilon,
             **shared,
         )
@@ -148,6 +148,11 @@ def _from_state_spaces(values: dict[str, Any], where: Path) -> ModelConfig:
         head=HeadConfig(task="next_token"),
         tie_embeddings=values.get("tie_embeddings", True),
     )
+
+
+def _number(value: Any) -> float:
+    """A number as transformers writes it: infinity is {"__float__": "Infinity"}."""
+    return float(value["__float__"] if isinstance(value, dict) else value)
 
 
 def _whole(value: Any, field: str, where: Path) -> int:

@@ -89,16 +89,16 @@ class Mamba(nn.Module):
         x, conv_state = _convolve(self.conv1d, x, state, lengths, seq_idx, one_step)
         dt, B, C = self.x_proj(x).split([self.dt_rank, n, n], -1)
         dt = F.linear(dt, self.dt_proj.weight)
-        A = -self.A_log.float().exp()
-        bias = self.dt_proj.bias.float()
+        A = -_wide(self.A_log).exp()
+        bias, D = _wide(self.dt_proj.bias), _wide(self.D)
         if one_step and state is not None:
             y, ssm = selective_scan_step(
-                x[:, 0], dt[:, 0], A, B, C, self.D.float(), z[:, 0], bias, dt_softplus=True, state=state.ssm
+                x[:, 0], dt[:, 0], A, B, C, D, z[:, 0], bias, dt_softplus=True, state=state.ssm
             )
             return self.out_proj(y[:, None]), SSMState(conv_state, ssm)
         dt, options = _mask_dt(dt, bias, (0.0, math.inf), lengths)
         y, ssm = selective_scan(
-            x, dt, A, B[:, :, None], C[:, :, None], self.D.float(), z, **options,
+            x, dt, A, B[:, :, None], C[:, :, None], D, z, **options,
             initial_state=None if state is None else state.ssm, seq_idx=seq_idx,
         )  # fmt: skip
         return self.out_proj(y), SSMState(conv_state, ssm)
@@ -144,7 +144,7 @@ class Mamba2(nn.Module):
         x, B, C = xBC.split([inner, g * n, g * n], -1)
         x = x.unflatten(-1, (-1, config.head_dim))
         B, C = B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
-        A, bias, D = -self.A_log.float().exp(), self.dt_bias.float(), self.D.float()
+        A, bias, D = -_wide(self.A_log).exp(), _wide(self.dt_bias), _wide(self.D)
         D = D.view(-1, config.head_dim) if config.D_has_head_dim else D
         if one_step and state is not None:
             y, ssm = ssd_step(
@@ -213,6 +213,11 @@ def _initial_dt_bias(config: MambaConfig | Mamba2Config, size: int) -> Tensor:
     return dt + torch.log(-torch.expm1(-dt))
 
 
+def _wide(parameter: Tensor) -> Tensor:
+    """In float32 at least: step sizes and decays are never computed in less."""
+    return parameter if parameter.dtype == torch.float64 else parameter.float()
+
+
 def _is_step(x: Tensor, state: Any, lengths: Tensor | None, seq_idx: Tensor | None) -> bool:
     return x.shape[1] == 1 and state is not None and lengths is None and seq_idx is None
 
@@ -245,6 +250,6 @@ def _mask_dt(
     """Step sizes that are zero on padding, so that the state stands still there, and the op's options for them."""
     if lengths is None:
         return dt, {"dt_bias": bias, "dt_softplus": True, "dt_limit": limit}
-    dt = F.softplus(dt.float() + bias).clamp(*limit)
+    dt = F.softplus(_wide(dt) + bias).clamp(*limit)
     real = torch.arange(dt.shape[1], device=dt.device) < lengths[:, None]
     return dt * real[..., None], {}
