@@ -91,48 +91,8 @@ def _overload_exp(x):
     return lambda x: math.exp(x)
 
 
-# Rows of channels. Each loop writes at most two arrays: LLVM gives up on vectorising when it would have to check more
-# than eight pairs of arrays for overlap.
-
-
-@_compiled()
-def _advance(h, A, dt, u, b, c, y):
-    """h <- exp(dt A) h + u b and y += h c."""
-    for i in range(h.shape[0]):
-        state = _exp(dt[i] * A[i]) * h[i] + u[i] * b
-        h[i] = state
-        y[i] += state * c
-
-
-@_compiled()
-def _advance_keeping(before, A, dt, u, b, decay, after):
-    """As _advance, keeping the decay and the new state."""
-    for i in range(before.shape[0]):
-        factor = _exp(dt[i] * A[i])
-        decay[i] = factor
-        after[i] = factor * before[i] + u[i] * b
-
-
-@_compiled()
-def _receive(g, dy, c, du, b):
-    """Adds the output's gradient to the state's gradient g, and g's share to du."""
-    for i in range(g.shape[0]):
-        total = g[i] + dy[i] * c
-        g[i] = total
-        du[i] += total * b
-
-
-@_compiled()
-def _multiply(target, factor):
-    for i in range(target.shape[0]):
-        target[i] *= factor[i]
-
-
-@_compiled()
-def _add_product(target, a, b, c):
-    """target += a b c."""
-    for i in range(target.shape[0]):
-        target[i] += a[i] * b[i] * c[i]
+# Loops index whole arrays, because numba counts references to every slice of one, atomically; and each innermost loop
+# writes at most two arrays, because LLVM vectorises only where few pairs of arrays need checking for overlap.
 
 
 @_compiled()
@@ -143,11 +103,21 @@ def _copy_turned(target, source):
             target[i, j] = source[j, i]
 
 
+@_compiled()
+def _flush(rows, tiny):
+    """Zeroes what has decayed to nothing: below the normal numbers each operation takes some 100 times longer."""
+    for j in range(rows.shape[0]):
+        for i in range(rows.shape[1]):
+            if abs(rows[j, i]) < tiny:
+                rows[j, i] = 0
+
+
 @_compiled(_SUM_FLAGS)
-def _dot(a, b):
-    total = a[0] * b[0]
-    for i in range(1, a.shape[0]):
-        total += a[i] * b[i]
+def _dot(a, k, b, m, j):
+    """sum_i a[k, i] b[m, j, i]."""
+    total = a[k, 0] * b[m, j, 0]
+    for i in range(1, a.shape[1]):
+        total += a[k, i] * b[m, j, i]
     return total
 
 
@@ -162,124 +132,151 @@ def _channels(task, parts, per_group, groups):
 
 
 @_compiled()
-def _forward_task(x, dt, A, B, C, initial_state, resets, y, final_state, starts, low, high):
-    """Channels low to high of one row of the batch and one group; x (l, e), B (l, n), states (e, n)."""
-    n, width = B.shape[1], high - low
-    h, decay_rates = np.empty((n, width), x.dtype), np.empty((n, width), x.dtype)
-    _copy_turned(h, initial_state[low:high])
-    _copy_turned(decay_rates, A[low:high])
-    u, out = np.empty(width, x.dtype), np.empty(width, x.dtype)
-    for t in range(x.shape[0]):
+def _forward_task(x, dt, A, B, C, initial_state, resets, tiny, y, final_state, starts, row, group, low, high):
+    """Channels low to high of one row of the batch and one group."""
+    n, width = B.shape[3], high - low
+    h, rates = np.empty((n, width), x.dtype), np.empty((n, width), x.dtype)
+    _copy_turned(h, initial_state[row, low:high])
+    _copy_turned(rates, A[low:high])
+    dt_t, u, out = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
+    for t in range(x.shape[1]):
         if t % STEPS == 0:
-            _copy_turned(starts[t // STEPS, low:high], h)
-        if resets.shape[0] > 0 and resets[t]:
+            _flush(h, tiny)
+            _copy_turned(starts[row, t // STEPS, low:high], h)
+        if resets.shape[1] > 0 and resets[row, t]:
             h[:] = 0
-        dt_t = dt[t, low:high]
         for i in range(width):
-            u[i] = x[t, low + i] * dt_t[i]
+            dt_t[i] = dt[row, t, low + i]
+            u[i] = x[row, t, low + i] * dt[row, t, low + i]
             out[i] = 0
         for j in range(n):
-            _advance(h[j], decay_rates[j], dt_t, u, B[t, j], C[t, j], out)
+            b, c = B[row, t, group, j], C[row, t, group, j]
+            for i in range(width):
+                state = _exp(dt_t[i] * rates[j, i]) * h[j, i] + u[i] * b
+                h[j, i] = state
+                out[i] += state * c
         for i in range(width):
-            y[t, low + i] = out[i]
-    _copy_turned(final_state[low:high], h)
+            y[row, t, low + i] = out[i]
+    _copy_turned(final_state[row, low:high], h)
 
 
 @_compiled(parallel=True)
-def _forward(x, dt, A, B, C, initial_state, resets, parts, y, final_state, starts):
-    b, groups, e = x.shape[0], B.shape[2], x.shape[2]
-    for task in numba.prange(b * groups * parts):
-        row, group, first, last, _ = _channels(task, parts, e // groups, groups)
+def _forward(x, dt, A, B, C, initial_state, resets, tiny, parts, y, final_state, starts):
+    groups, per_group = B.shape[2], x.shape[2] // B.shape[2]
+    for task in numba.prange(x.shape[0] * groups * parts):
+        row, group, first, last, _ = _channels(task, parts, per_group, groups)
         for low in range(first, last, _BLOCK):
+            high = min(low + _BLOCK, last)
             _forward_task(
-                x[row], dt[row], A, B[row, :, group], C[row, :, group], initial_state[row], resets[row], y[row],
-                final_state[row], starts[row], low, min(low + _BLOCK, last),
+                x, dt, A, B, C, initial_state, resets, tiny, y, final_state, starts, row, group, low, high
             )  # fmt: skip
 
 
 @_compiled()
-def _recompute(x, dt, decay_rates, B, resets, states, decays):
-    """Fills states[1:] and decays[:-1] of a stretch from its start states[0], all (steps, n, channels)."""
-    steps, width = x.shape
-    u = np.empty(width, x.dtype)
-    zero = np.zeros(width, x.dtype)
-    for k in range(steps):
-        reset = resets.shape[0] > 0 and resets[k]
-        for i in range(width):
-            u[i] = x[k, i] * dt[k, i]
-        for j in range(B.shape[1]):
-            before = zero if reset else states[k, j]
-            _advance_keeping(before, decay_rates[j], dt[k], u, B[k, j], decays[k, j], states[k + 1, j])
-
-
-@_compiled()
-def _retreat(dy, x, dt, decay_rates, B, C, resets, states, decays, dx, ddt, dA, dB, dC):
-    """Walks a stretch backwards. decays[k + 1] holds what flows back from step k + 1; decays[0] leaves the stretch."""
-    steps, width = x.shape
-    u, du, through_decay = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
-    for k in range(steps - 1, -1, -1):
-        reset = resets.shape[0] > 0 and resets[k]
-        for i in range(width):
-            u[i] = x[k, i] * dt[k, i]
-            du[i] = 0
-            through_decay[i] = 0
-        for j in range(B.shape[1]):
-            g = decays[k + 1, j]
-            _receive(g, dy[k], C[k, j], du, B[k, j])
-            dC[k, j] += _dot(dy[k], states[k + 1, j])
-            dB[k, j] += _dot(g, u)
+def _recompute(u, dt, rates, B, resets, states, decays, row, group, t0):
+    """Fills states[1:] and decays[:-1], (steps, n, channels), of the stretch from t0, from its start states[0]."""
+    n, width = rates.shape
+    for k in range(u.shape[0]):
+        reset = resets.shape[1] > 0 and resets[row, t0 + k]
+        for j in range(n):
+            b = B[row, t0 + k, group, j]
+            for i in range(width):
+                decays[k, j, i] = _exp(dt[k, i] * rates[j, i])
             if reset:
-                decays[k, j, :] = 0
+                for i in range(width):
+                    states[k + 1, j, i] = u[k, i] * b
             else:
-                _multiply(decays[k, j], g)
-                _add_product(through_decay, decays[k, j], states[k, j], decay_rates[j])
-                _add_product(dA[j], decays[k, j], states[k, j], dt[k])
-        for i in range(width):
-            dx[k, i] = dt[k, i] * du[i]
-            ddt[k, i] = through_decay[i] + x[k, i] * du[i]
+                for i in range(width):
+                    states[k + 1, j, i] = decays[k, j, i] * states[k, j, i] + u[k, i] * b
 
 
 @_compiled()
-def _backward_task(dy, dfinal, x, dt, A, B, C, starts, resets, dx, ddt, dA, dB, dC, dinitial, low, high):
-    """Channels low to high of one row of the batch and one group, as in _forward_task."""
-    n, width = B.shape[1], high - low
+def _retreat(dy, u, dt, rates, B, C, resets, states, decays, du, through_decay, dA, dB, dC, row, group, part, t0):
+    """Walks a stretch backwards. decays[k + 1] holds what flows back from step k + 1; decays[0] leaves the stretch.
+
+    du is the gradient of u = dt x, through_decay that of dt through the decay; dA, dB and dC are added to.
+    """
+    n, width = rates.shape
+    for k in range(u.shape[0] - 1, -1, -1):
+        reset = resets.shape[1] > 0 and resets[row, t0 + k]
+        for i in range(width):
+            du[k, i] = 0
+            through_decay[k, i] = 0
+        for j in range(n):
+            b, c = B[row, t0 + k, group, j], C[row, t0 + k, group, j]
+            for i in range(width):
+                g = decays[k + 1, j, i] + dy[k, i] * c
+                decays[k + 1, j, i] = g
+                du[k, i] += g * b
+            dC[part, row, t0 + k, group, j] += _dot(dy, k, states, k + 1, j)
+            dB[part, row, t0 + k, group, j] += _dot(u, k, decays, k + 1, j)
+            if reset:
+                for i in range(width):
+                    decays[k, j, i] = 0
+                continue
+            for i in range(width):
+                decays[k, j, i] *= decays[k + 1, j, i]
+            for i in range(width):
+                through_decay[k, i] += decays[k, j, i] * states[k, j, i] * rates[j, i]
+            for i in range(width):
+                dA[j, i] += decays[k, j, i] * states[k, j, i] * dt[k, i]
+
+
+@_compiled()
+def _backward_task(
+    dy, dfinal, x, dt, A, B, C, starts, resets, tiny, dx, ddt, dA, dB, dC, dinitial, row, group, part, low, high
+):  # fmt: skip
+    """Channels low to high of one row of the batch and one group."""
+    l, n, width = x.shape[1], B.shape[3], high - low
     states, decays = np.empty((STEPS + 1, n, width), x.dtype), np.empty((STEPS + 1, n, width), x.dtype)
-    decay_rates, carried = np.empty((n, width), x.dtype), np.empty((n, width), x.dtype)
+    rates, carried = np.empty((n, width), x.dtype), np.empty((n, width), x.dtype)
     dA_total, dA_stretch = np.zeros((n, width), np.float64), np.empty((n, width), x.dtype)
-    _copy_turned(decay_rates, A[low:high])
-    _copy_turned(carried, dfinal[low:high])
-    for stretch in range(starts.shape[0] - 1, -1, -1):
+    dy_part, dt_part = np.empty((STEPS, width), x.dtype), np.empty((STEPS, width), x.dtype)
+    u, du = np.empty((STEPS, width), x.dtype), np.empty((STEPS, width), x.dtype)
+    through_decay = np.empty((STEPS, width), x.dtype)
+    _copy_turned(rates, A[low:high])
+    _copy_turned(carried, dfinal[row, low:high])
+    for stretch in range(starts.shape[1] - 1, -1, -1):
         t0 = stretch * STEPS
-        t1 = min(t0 + STEPS, x.shape[0])
-        x_part, dt_part, B_part, resets_part = x[t0:t1, low:high], dt[t0:t1, low:high], B[t0:t1], resets[t0:t1]
-        _copy_turned(states[0], starts[stretch, low:high])
-        _recompute(x_part, dt_part, decay_rates, B_part, resets_part, states, decays)
+        steps = min(STEPS, l - t0)
+        for k in range(steps):
+            for i in range(width):
+                dy_part[k, i] = dy[row, t0 + k, low + i]
+                dt_part[k, i] = dt[row, t0 + k, low + i]
+                u[k, i] = x[row, t0 + k, low + i] * dt[row, t0 + k, low + i]
+        _copy_turned(states[0], starts[row, stretch, low:high])
+        _recompute(u[:steps], dt_part, rates, B, resets, states, decays, row, group, t0)
+        _flush(carried, tiny)
         for j in range(n):
             for i in range(width):
-                decays[t1 - t0, j, i] = carried[j, i]
+                decays[steps, j, i] = carried[j, i]
                 dA_stretch[j, i] = 0
         _retreat(
-            dy[t0:t1, low:high], x_part, dt_part, decay_rates, B_part, C[t0:t1], resets_part, states, decays,
-            dx[t0:t1, low:high], ddt[t0:t1, low:high], dA_stretch, dB[t0:t1], dC[t0:t1],
+            dy_part, u[:steps], dt_part, rates, B, C, resets, states, decays, du, through_decay, dA_stretch, dB, dC,
+            row, group, part, t0,
         )  # fmt: skip
         for j in range(n):
             for i in range(width):
                 carried[j, i] = decays[0, j, i]
                 dA_total[j, i] += dA_stretch[j, i]
-    _copy_turned(dA[low:high], dA_total)
-    _copy_turned(dinitial[low:high], carried)
+        for k in range(steps):
+            for i in range(width):
+                dx[row, t0 + k, low + i] = dt_part[k, i] * du[k, i]
+                ddt[row, t0 + k, low + i] = through_decay[k, i] + x[row, t0 + k, low + i] * du[k, i]
+    _copy_turned(dA[row, low:high], dA_total)
+    _copy_turned(dinitial[row, low:high], carried)
 
 
 @_compiled(parallel=True)
-def _backward(dy, dfinal, x, dt, A, B, C, starts, resets, parts, dx, ddt, dA, dB, dC, dinitial):
-    b, groups, e = x.shape[0], B.shape[2], x.shape[2]
-    for task in numba.prange(b * groups * parts):
-        row, group, first, last, part = _channels(task, parts, e // groups, groups)
+def _backward(dy, dfinal, x, dt, A, B, C, starts, resets, tiny, parts, dx, ddt, dA, dB, dC, dinitial):
+    groups, per_group = B.shape[2], x.shape[2] // B.shape[2]
+    for task in numba.prange(x.shape[0] * groups * parts):
+        row, group, first, last, part = _channels(task, parts, per_group, groups)
         for low in range(first, last, _BLOCK):
+            high = min(low + _BLOCK, last)
             _backward_task(
-                dy[row], dfinal[row], x[row], dt[row], A, B[row, :, group], C[row, :, group], starts[row], resets[row],
-                dx[row], ddt[row], dA[row], dB[part, row, :, group], dC[part, row, :, group], dinitial[row], low,
-                min(low + _BLOCK, last),
+                dy, dfinal, x, dt, A, B, C, starts, resets, tiny, dx, ddt, dA, dB, dC, dinitial, row, group, part,
+                low, high,
             )  # fmt: skip
 
 
@@ -289,6 +286,11 @@ def _arrays(dtype: torch.dtype, *tensors: Tensor) -> list[np.ndarray]:
 
 def _resets(resets: Tensor | None, b: int) -> np.ndarray:
     return np.empty((b, 0), np.bool_) if resets is None else resets.contiguous().numpy()
+
+
+def _tiny(dtype: torch.dtype) -> float:
+    """A little above the smallest normal number."""
+    return 1024 * torch.finfo(dtype).tiny
 
 
 def _parts(b: int, e: int, groups: int) -> int:
@@ -308,7 +310,7 @@ def forward(
     starts = torch.empty(b, -(-l // STEPS), *initial_state.shape[1:], dtype=dtype)
     inputs = _arrays(dtype, x, dt, A, B, C, initial_state)
     outputs = [t.numpy() for t in (y, final_state, starts)]
-    _forward(*inputs, _resets(resets, b), _parts(b, e, B.shape[2]), *outputs)
+    _forward(*inputs, _resets(resets, b), _tiny(dtype), _parts(b, e, B.shape[2]), *outputs)
     return y, final_state, starts
 
 
@@ -325,6 +327,6 @@ def backward(
     dinitial = torch.empty(dfinal.shape, dtype=dtype)
     inputs = _arrays(dtype, dy, dfinal, x, dt, A, B, C, starts)
     outputs = [t.numpy() for t in (dx, ddt, dA, dB, dC, dinitial)]
-    _backward(*inputs, _resets(resets, b), parts, *outputs)
+    _backward(*inputs, _resets(resets, b), _tiny(dtype), parts, *outputs)
     dB, dC = (t[0] if parts == 1 else t.sum(0) for t in (dB, dC))
     return dx, ddt, dA.sum(0), dB, dC, dinitial
