@@ -1,4 +1,4 @@
-"""The commands `longseq audio ...`: each function's signature is its flags."""
+"""The commands `longseq audio train|generate|evaluate`: each function's signature is its flags."""
 
 import json
 import os
@@ -8,6 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from seqmodels.errors import InputError
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":  # imported when it is asked for: training needs Lightning
+        from seqmodels.tasks.audio.train import train
+
+        return train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def generate(
@@ -78,8 +86,8 @@ def generate(
             seed=seed,
             progress=bar.update,
         )
-    for item in range(number):
-        path = output if number == 1 else output.with_name(f"{output.stem}_{item}{output.suffix}")
+    paths = [output] if number == 1 else [output.with_stem(f"{output.stem}_{item}") for item in range(number)]
+    for item, path in enumerate(paths):
         _write_item(path, made, item, heard if include_prompt else None, picture, {
             "model": model,
             "weights_sha256": weights_sha256(model),
@@ -88,7 +96,8 @@ def generate(
         })  # fmt: skip
     total = sum(map(len, made.samples))
     speed = f"{made.samples_per_second:.0f} samples/s, {made.samples_per_second / rate:.3f} x real time"
-    print(f"wrote {number} x {output}: {total / rate:.2f} s of new sound, {speed}", file=sys.stderr)
+    names = str(paths[0]) if number == 1 else f"{paths[0]} ... {paths[-1].name}"
+    print(f"wrote {names}: {total / rate:.2f} s of new sound, {speed}", file=sys.stderr)
 
 
 def _write_item(path: Path, made: Any, item: int, heard: Any, picture: bool, facts: dict[str, Any]) -> None:
@@ -153,7 +162,7 @@ def evaluate(
     import seqmodels
     from seqmodels.tasks.audio.datasets import tokenise
     from seqmodels.tasks.audio.evaluate import as_table, report, score
-    from seqmodels.tasks.audio.tables import Recordings, match_conditions, open_recordings, split_rows, test_rule
+    from seqmodels.tasks.audio.tables import match_conditions, open_recordings, split_rows, test_rule
     from seqmodels.tasks.audio.waveform import mu_law_of
 
     if output is not None and not output.parent.is_dir():
@@ -174,7 +183,7 @@ def evaluate(
     rows = recordings.rows[chosen]
     ids = match_conditions(rows, network.config.conditions, conditions)
     told = ids if labels else np.tile([len(c.values) for c in network.config.conditions], (len(ids), 1))
-    stream = tokenise(Recordings(recordings.source, rows).read(mu_law.sample_rate), mu_law)
+    stream = tokenise(recordings.select(chosen).read(mu_law.sample_rate), mu_law)
     with _progress(len(chosen), "clips") as bar:
         scores = score(network, stream, told.reshape(ids.shape), batch_tokens=batch_tokens, progress=bar.update)
     results = report(scores, network.config.conditions, ids)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 import torch.nn.functional as F
 
@@ -87,16 +86,12 @@ def as_table(results: dict[str, Any]) -> str:
     low, high = results["interval_95"]
     rows = [("all", "", results)]
     rows += [(name, value, summary) for name, group in results["by"].items() for value, summary in group.items()]
-    frame = pl.DataFrame(
-        {
-            "condition": [row[0] for row in rows],
-            "value": [row[1] for row in rows],
-            "clips": [row[2]["clips"] for row in rows],
-            "samples": [row[2]["samples"] for row in rows],
-            "bits/sample": [f"{row[2]['bits_per_sample']:.3f}" for row in rows],
-        }
+    width = max(len(f"{name} {value}") for name, value, _ in rows)
+    lines = [f"{'':{width}}  {'clips':>6}  {'samples':>9}  bits/sample"]
+    for name, value, summary in rows:
+        numbers = f"{summary['clips']:6}  {summary['samples']:9}  {summary['bits_per_sample']:11.3f}"
+        lines.append(f"{f'{name} {value}':{width}}  {numbers}")
+    lines.append(
+        f"95 % interval over clips: {low:.3f} to {high:.3f}; end: {results['end_bits_per_clip']:.2f} bits/clip"
     )
-    lines = frame.write_csv(separator="\t").rstrip("\n")
-    return (
-        f"{lines}\n95 % interval over clips: {low:.3f} to {high:.3f}; end: {results['end_bits_per_clip']:.2f} bits/clip"
-    )
+    return "\n".join(lines)

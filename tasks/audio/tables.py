@@ -20,6 +20,10 @@ class Recordings:
     source: Path
     rows: pl.DataFrame
 
+    def select(self, numbers: np.ndarray) -> "Recordings":
+        """The recordings of some rows."""
+        return Recordings(self.source, self.rows[numbers])
+
     def read(self, sample_rate: int) -> list[np.ndarray]:
         """The waveform (l,) float32 of every row, mono, at `sample_rate` Hz."""
         names = self.rows["file"].to_list()

@@ -1,0 +1,264 @@
+"""The commands of audio, called as the command line calls them."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import seqmodels
+from seqmodels.config import ConditionConfig
+from seqmodels.errors import InputError
+from seqmodels.presets import multiscale_mamba2
+from seqmodels.tasks.audio import commands
+from seqmodels.tasks.audio.picture import spectrogram
+from seqmodels.tasks.audio.train import DataConfig, load_data, model_config, train
+from seqmodels.tasks.audio.waveform import MuLaw, read_audio, write_audio
+from seqmodels.training import TrainingConfig
+
+WORDS = ("zero", "one", "seven")
+SPEAKERS = ("ann", "theo")
+
+
+def tone(frequency, samples, rate=8000):
+    return (0.3 * np.sin(2 * np.pi * frequency * np.arange(samples) / rate)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny U-Net with random weights."""
+    torch.set_num_threads(1)
+    conditions = (ConditionConfig(name="digit", values=WORDS), ConditionConfig(name="speaker", values=SPEAKERS))
+    backbone = multiscale_mamba2((16, 16), (1, 1), (4,), d_state=8, head_dim=8)
+    folder = tmp_path_factory.mktemp("model")
+    seqmodels.save(seqmodels.build(model_config(backbone, conditions, MuLaw()), seed=0), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Twelve labelled tones with a table; the first four are the test split."""
+    folder = tmp_path_factory.mktemp("sounds")
+    lines = ["file,word,speaker,split"]
+    for i in range(12):
+        write_audio(folder / f"{i}.flac", tone(200 + 40 * i, 600 + 50 * i), 8000)
+        lines.append(f"{i}.flac,{WORDS[i % 3]},{SPEAKERS[i % 2]},{'test' if i < 4 else 'train'}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def make(checkpoint, tmp_path):
+    """`commands.generate` with the tiny model, short, into tmp_path."""
+
+    def run(name="seven.wav", **options):
+        options = {"prompt": "seven", "seconds": 0.02} | options
+        commands.generate(model=checkpoint, output=tmp_path / name, **options)
+        return tmp_path / name
+
+    return run
+
+
+def test_a_word_becomes_a_sound_with_its_story_and_its_picture(make, checkpoint, tmp_path, capsys):
+    path = make(speaker="theo")
+    samples, rate = soundfile.read(path)
+    assert (rate, len(samples)) == (8000, 160)
+    story = json.loads((tmp_path / "seven.json").read_text())
+    assert story["labels"] == {"speaker": "theo", "digit": "seven"}
+    assert story["arguments"]["seconds"] == 0.02
+    assert story["new_samples"] == 160
+    assert 7 < story["bits_per_sample"] < 9
+    weights = (Path(checkpoint) / "model.safetensors").read_bytes()
+    assert story["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert (tmp_path / "seven.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["seven.json", "seven.png", "seven.wav"]
+    output = capsys.readouterr()
+    assert "samples/s" in output.err
+    assert output.out == ""
+
+
+def test_the_same_command_writes_the_same_bytes(make):
+    first = make("a.wav").read_bytes()
+    assert make("b.wav").read_bytes() == first
+    assert make("c.wav", seed=1).read_bytes() != first
+
+
+def test_several_items_get_numbered_names_and_the_first_is_what_one_would_be(make, tmp_path):
+    alone = make("x.flac", picture=False).read_bytes()
+    make("x.flac", number=3, picture=False)
+    assert (tmp_path / "x_0.flac").read_bytes() == alone
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == sorted(["x.flac", "x.json", *(f"x_{i}.{s}" for i in range(3) for s in ("flac", "json"))])
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])
+def test_the_suffix_chooses_the_format(make, suffix):
+    path = make(f"x{suffix}", picture=False, seconds=0.1)
+    assert soundfile.info(path).format == {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}[suffix]
+    assert read_audio(path)[1] == 8000
+
+
+def test_a_recording_is_gone_on_from_at_the_rate_of_the_model(make, tmp_path, capsys):
+    stereo = np.stack([tone(300, 4410, 44100)] * 2, axis=1)
+    write_audio(tmp_path / "clip.wav", stereo, 44100)
+    new = make("new.wav", prompt=str(tmp_path / "clip.wav"), picture=False)
+    assert "resampled from 44100 Hz to the model's 8000 Hz" in capsys.readouterr().err
+    whole = make("whole.wav", prompt=str(tmp_path / "clip.wav"), include_prompt=True)
+    new, whole = soundfile.read(new)[0], soundfile.read(whole)[0]
+    assert (len(new), len(whole)) == (160, 800 + 160)
+    np.testing.assert_array_equal(whole[800:], new)
+    np.testing.assert_allclose(whole[50:750], tone(300, 800)[50:750], atol=0.01)
+    assert json.loads((tmp_path / "whole.json").read_text())["new_sound_starts_at_seconds"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"prompt": "sevn"}, "did you mean 'seven'"),
+        ({"prompt": "missing.wav"}, "no such file"),
+        ({"speaker": "bob"}, "speaker has no value 'bob'"),
+        ({"label": ["speaker"]}, "expected name=value"),
+        ({"label": ["speaker=ann", "speaker=theo"]}, "given twice"),
+        ({"label": ["mood=glad"]}, "no condition 'mood'"),
+        ({"name": "x.xyz"}, "unknown suffix"),
+        ({"name": "no/folder/x.wav"}, "no folder"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"seconds": 0.0}, "seconds is 0"),
+        ({"number": 0}, "number is 0"),
+        ({"device": "warp"}, "device 'warp'"),
+    ],
+)
+def test_a_bad_request_is_refused_in_one_line_and_writes_nothing(make, tmp_path, options, reason):
+    with pytest.raises(InputError, match=reason) as error:
+        make(**options)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "nan", "cut"])
+def test_a_bad_recording_as_prompt_is_refused_and_writes_nothing(make, tmp_path, kind):
+    path = tmp_path / "clip.wav"
+    if kind == "text":
+        path.write_text("not a sound\n" * 50)
+    elif kind == "cut":
+        write_audio(path, tone(300, 4000), 8000)
+        path.write_bytes(path.read_bytes()[:5000])
+    else:
+        soundfile.write(path, tone(300, 0 if kind == "empty" else 99) * np.nan, 8000, subtype="FLOAT")
+    with pytest.raises(InputError, match=r"clip\.wav"):
+        make("out.wav", prompt=str(path))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_model_that_is_not_of_sound_is_refused(tmp_path):
+    config = seqmodels.ModelConfig(
+        vocab_size=6,
+        backbone=multiscale_mamba2((16, 16), (1, 1), (4,), d_state=8, head_dim=8),
+        head=seqmodels.config.HeadConfig(task="next_token"),
+        tokenizer={"type": "dna"},
+    )
+    seqmodels.save(seqmodels.build(config, seed=0), tmp_path / "dna")
+    with pytest.raises(InputError, match="not 'mu_law'"):
+        commands.generate(model=str(tmp_path / "dna"), output=tmp_path / "x.wav")
+
+
+def test_evaluation_prints_a_table_and_writes_the_same_numbers(checkpoint, sounds, tmp_path, capsys):
+    commands.evaluate(sounds, model=checkpoint, output=tmp_path / "bits.json")
+    results = json.loads((tmp_path / "bits.json").read_text())
+    assert (results["clips"], results["samples"]) == (4, sum(600 + 50 * i for i in range(4)))
+    assert results["interval_95"][0] <= results["bits_per_sample"] <= results["interval_95"][1]
+    for name, values in (("digit", WORDS), ("speaker", SPEAKERS)):
+        group = results["by"][name]
+        assert tuple(group) == values
+        mean = sum(g["bits_per_sample"] * g["samples"] for g in group.values()) / results["samples"]
+        assert mean == pytest.approx(results["bits_per_sample"])
+    table = capsys.readouterr().out
+    assert f"{results['bits_per_sample']:.3f}" in table
+    assert "speaker theo" in table
+
+
+def test_evaluation_does_not_depend_on_batches(checkpoint, sounds, tmp_path):
+    bits = []
+    for tokens in (100, 1500, 65536):
+        commands.evaluate(sounds, model=checkpoint, split="all", batch_tokens=tokens, output=tmp_path / "bits.json")
+        bits.append(json.loads((tmp_path / "bits.json").read_text())["bits_per_sample"])
+    assert bits == pytest.approx([bits[0]] * 3, abs=1e-4)
+
+
+def test_withholding_the_labels_changes_the_bits_but_not_the_groups(checkpoint, sounds, tmp_path):
+    commands.evaluate(sounds, model=checkpoint, output=tmp_path / "told.json")
+    commands.evaluate(sounds, model=checkpoint, labels=False, output=tmp_path / "untold.json")
+    told, untold = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("told", "untold"))
+    assert told["bits_per_sample"] != untold["bits_per_sample"]
+    assert told["by"]["speaker"].keys() == untold["by"]["speaker"].keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"split": "exam"}, "--split is 'exam'"),
+        ({"split": "test", "test": ""}, "no recordings"),
+        ({"conditions": "digit=split"}, "no value of the condition 'digit'"),
+        ({"output": Path("no/such/folder/x.json")}, "no folder"),
+        ({"table": Path("nowhere.csv")}, "cannot be read"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_done_is_refused(checkpoint, sounds, options, reason):
+    with pytest.raises(InputError, match=reason):
+        commands.evaluate(sounds, model=checkpoint, **options)
+
+
+def test_training_on_a_folder_leads_to_a_model_that_knows_its_labels_and_learns(sounds, tmp_path, capsys):
+    train(
+        sounds,
+        tmp_path / "run",
+        clips=DataConfig(conditions="digit=word,speaker", validation="0.25", batch_tokens=4096),
+        training=TrainingConfig(max_steps=30, learning_rate=1e-2, validate_every=30, device="cpu"),
+        widths=(16, 16), depths=(1, 1), pools=(4,), d_state=8, head_dim=8, dropout=0.0,
+    )  # fmt: skip
+    folder = Path(capsys.readouterr().out.strip())
+    model = seqmodels.load(folder)
+    assert [condition.name for condition in model.config.conditions] == ["digit", "speaker"]
+    assert model.config.conditions[0].values == WORDS
+    commands.evaluate(sounds, model=str(folder), output=tmp_path / "bits.json")
+    assert json.loads((tmp_path / "bits.json").read_text())["bits_per_sample"] < 7.5
+
+
+def test_no_test_or_validation_recording_is_trained_on(sounds):
+    data, conditions, _ = load_data(sounds, DataConfig(conditions="digit=word", validation="0.25"))
+    assert (data.train.clips, data.validation.clips) == (6, 2)
+    trained, kept = ({int(n) for n in part.lengths[0]} for part in (data.train, data.validation))
+    tested = {600 + 50 * i + 1 for i in range(4)}
+    assert len(trained | kept | tested) == 12  # every recording has another length
+    assert [condition.name for condition in conditions] == ["digit"]
+
+
+def test_stage_sizes_that_do_not_fit_together_are_refused_before_anything_is_written(sounds, tmp_path):
+    with pytest.raises(InputError, match="do not fit together"):
+        train(sounds, tmp_path / "run", widths=(16, 16), depths=(1,), pools=(4,))
+    with pytest.raises(InputError, match="head_dim"):
+        train(sounds, tmp_path / "run", widths=(20, 20), depths=(1, 1), pools=(4,))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_spectrogram_shows_a_tone_at_its_frequency():
+    levels = spectrogram(tone(1000, 4000))
+    assert levels.max() == 0
+    assert (levels[20:-20].argmax(axis=1) == 32).all()  # 1000 Hz of 4000 Hz over 129 bins
+    assert (spectrogram(np.zeros(500, np.float32)) <= 0).all()
+
+
+@pytest.mark.data
+@pytest.mark.skipif("LONGSEQ_DATA" not in os.environ, reason="LONGSEQ_DATA does not name the folder of real data")
+def test_a_random_model_needs_eight_bits_for_a_spoken_digit(checkpoint, tmp_path):
+    digits = Path(os.environ["LONGSEQ_DATA"]) / "audio" / "fsdd"
+    table = tmp_path / "two.csv"
+    table.write_text("file,word,speaker\n0_theo_0.flac,zero,theo\n7_theo_1.flac,seven,theo\n")
+    commands.evaluate(digits, model=checkpoint, table=table, split="all", output=tmp_path / "bits.json")
+    results = json.loads((tmp_path / "bits.json").read_text())
+    assert results["clips"] == 2
+    assert results["bits_per_sample"] == pytest.approx(8, abs=0.5)
