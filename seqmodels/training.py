@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 import time
 import warnings
@@ -21,6 +22,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -88,14 +90,11 @@ def fit(config: ModelConfig, data: TrainingData, training: TrainingConfig, run: 
     last = _prepare_run(config, training, run)
     model = build(config, seed=training.seed)
     task = _Task(model, data, training)
-    checkpoints = ModelCheckpoint(
-        dirpath=run / "checkpoints",
-        filename="best",
-        monitor="val_loss",
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
+    kept: dict[str, Any] = {"dirpath": run / "checkpoints", "enable_version_counter": False}
+    checkpoints = [
+        ModelCheckpoint(filename="best", monitor="val_loss", save_on_train_epoch_end=True, **kept),
+        ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **kept),
+    ]
     callbacks: list[Callback] = [_ReportLines(training.max_steps)]
     if training.ema_decay:
         callbacks.append(EMAWeightAveraging(decay=training.ema_decay))
@@ -116,7 +115,8 @@ def fit(config: ModelConfig, data: TrainingData, training: TrainingConfig, run: 
             log_every_n_steps=10,
             enable_progress_bar=bar,
             enable_model_summary=False,
-            callbacks=[*callbacks, checkpoints],
+            callbacks=[*callbacks, *checkpoints],
+            plugins=[_AtomicIO()],
             logger=[CSVLogger(run, "logs"), TensorBoardLogger(run, "logs")],
         )
         if trainer.accelerator.auto_device_count() and trainer.strategy.root_device.type == "cuda":
@@ -222,6 +222,15 @@ class _Task(pl.LightningModule):
             optimizer, lambda step: schedule(step, training.max_steps, training.warmup)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class _AtomicIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: a kill leaves the old one or the new one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        temporary = f"{path}.part"
+        super().save_checkpoint(checkpoint, temporary, storage_options)
+        os.replace(temporary, path)
 
 
 class _ReportLines(Callback):

@@ -1,0 +1,7 @@
+"""`python -m seqmodels` is `longseq`."""
+
+import sys
+
+from seqmodels.cli import main
+
+sys.exit(main())

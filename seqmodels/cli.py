@@ -1,0 +1,133 @@
+"""The command line, `longseq`: a function's signature is its command, its docstring the help (jsonargparse)."""
+
+import importlib
+import inspect
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from seqmodels.errors import InputError
+
+COMMANDS = {
+    "dna": {
+        "classify": "seqmodels.tasks.genomics.classify",
+        "evaluate": "seqmodels.tasks.genomics.evaluate",
+        "train": "seqmodels.tasks.genomics.train",
+    },
+    "audio": {
+        "generate": "seqmodels.tasks.audio.commands",
+        "evaluate": "seqmodels.tasks.audio.commands",
+        "train": "seqmodels.tasks.audio.commands",
+    },
+}
+
+USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help explains one
+
+  longseq dna classify FILE...        label the records of FASTA files: a table, one row per record
+  longseq dna evaluate DATA           accuracy and more on labelled data
+  longseq dna train DATA RUN          train a classifier on your own data
+  longseq audio generate --prompt P   make sound from a label or the start of a recording
+  longseq audio evaluate DATA         bits per sample of recordings
+  longseq audio train DATA RUN        train on your own recordings"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, or 2 after one line that says what is wrong."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    try:
+        return _run(words)
+    except InputError as error:
+        message = " ".join(str(error).split())
+    except ArgumentError as error:
+        said = re.sub(r'Parser key "([^"]+)":', lambda m: f"--{m[1].replace('_', '-')}:", str(error))
+        said = re.sub(r"<class '(\w+)'>", r"\1", " ".join(said.split())).rstrip(".")
+        message = f"{said}; see longseq {' '.join(words[:2])} --help"
+    except KeyboardInterrupt:
+        message = "stopped"
+    except BrokenPipeError:  # whoever read our output has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    print(f"longseq: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _run(words: list[str]) -> int:
+    area, command = words[0], words[1] if len(words) > 1 else ""
+    if area == "--version":
+        from importlib.metadata import version
+
+        print(f"longseq {version('longseq')}")
+        return 0
+    if command not in COMMANDS.get(area, {}):
+        known = ", ".join(f"{a} {c}" for a, commands in COMMANDS.items() for c in commands)
+        raise InputError(f"{' '.join(words[:2])!r} is not a command; the commands are: {known}")
+    function = getattr(importlib.import_module(COMMANDS[area][command]), command)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _parser(function, f"longseq {area} {command}")
+    values = parser.instantiate(parser.parse_args(parser.spelled_out(words[2:])))
+    return function(**{name: getattr(values, name) for name in inspect.signature(function).parameters}) or 0
+
+
+def _parser(function: Callable, prog: str) -> "_Parser":
+    """The parser of one command; a first parameter that is a list takes all free words (FILE...)."""
+    text = inspect.getdoc(function) or ""
+    parser = _Parser(prog=prog, description=text.split("\n\nArgs:")[0], exit_on_error=False)
+    first, hint = next(iter(typing.get_type_hints(function).items()))
+    several = typing.get_origin(hint) is list
+    if several:
+        said = re.search(rf"\n    {first}: (.*?)(?=\n    \w+: |\n\n|$)", text, re.DOTALL)
+        (kind,) = typing.get_args(hint)
+        help_text = " ".join(said[1].split()) if said else None
+        parser.add_argument(first, nargs="+", type=kind, metavar=first.upper().removesuffix("S"), help=help_text)
+    parser.add_function_arguments(function, as_positional=True, fail_untyped=True, skip={first} if several else None)
+    return parser
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse with what a shell user expects: --long-flags with dashes, switches without a value, -o and -n."""
+
+    short: typing.ClassVar = {"--output": "-o", "--number": "-n"}
+
+    def spelled_out(self, words: list[str]) -> list[str]:
+        """The same words as jsonargparse spells them: --batch_tokens, --include_prompt=true, --output."""
+        long = {short: name for name, short in self.short.items()}
+        known = {option: action for action in self._actions for option in action.option_strings}
+        result: list[str] = []
+        for word in words:
+            name, equals, value = long.get(word, word).partition("=")
+            if name.startswith("--"):
+                name = name.replace("-", "_").replace("__", "--", 1)
+                negated = "--" + name.removeprefix("--no_")
+                if not equals and self._is_switch(known.get(name)):
+                    name, equals, value = name, "=", "true"
+                elif not equals and name.startswith("--no_") and self._is_switch(known.get(negated)):
+                    name, equals, value = negated, "=", "false"
+                word = name + equals + value
+            else:
+                word = long.get(word, word)
+            result.append(word)
+        return result
+
+    @staticmethod
+    def _is_switch(action: Any) -> bool:
+        return getattr(action, "_typehint", None) is bool
+
+    def format_help(self) -> str:
+        """Help with dashes in the flags, as they are best typed."""
+        text = re.sub(r"--[a-z_.]+", lambda match: match[0].replace("_", "-"), super().format_help())
+        for name, short in self.short.items():
+            text = re.sub(rf"(?m)^(  ){name}\b", rf"\1{short}, {name}", text)
+        text = re.sub(r"<class '(\w+)'>", r"\1", text)
+        return re.sub(r"(--[a-z.-]+) \{true,false\}", r"\1", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

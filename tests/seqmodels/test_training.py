@@ -1,0 +1,115 @@
+"""Training: parameter groups, schedule, learning, logs, and a resume that repeats the uninterrupted run."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import seqmodels
+from seqmodels import presets
+from seqmodels.config import HeadConfig, ModelConfig
+from seqmodels.errors import InputError
+from seqmodels.training import TrainingConfig, fit, parameter_groups, schedule
+
+BACKBONE = dataclasses.replace(presets.mamba2(16, 2, head_dim=8, d_state=4), dropout=0.1)
+CONFIG = ModelConfig(vocab_size=5, backbone=BACKBONE, head=HeadConfig(task="next_token"))
+TRAINING = TrainingConfig(max_steps=12, validate_every=4, learning_rate=1e-2, accumulate=2, device="cpu", ema_decay=0.5)
+
+
+class Cycles:
+    """Sequences 0 1 2 3 4 0 1 ... from a random start: a next-token task that a small model learns."""
+
+    def __init__(self, delay=0.0):
+        self.delay = delay
+
+    def train_batch(self, step):
+        time.sleep(self.delay)
+        start = torch.randint(0, 5, (4, 1), generator=torch.Generator().manual_seed(step))
+        ids = (start + torch.arange(17)) % 5
+        return {"ids": ids[:, :-1], "targets": ids[:, 1:]}
+
+    def validation_batches(self):
+        return [self.train_batch(10**6 + i) for i in range(2)]
+
+
+def test_decay_spares_A_log_D_norms_and_biases():
+    model = seqmodels.build(
+        ModelConfig(vocab_size=5, backbone=presets.mamba(16, 1), head=HeadConfig(task="next_token"))
+    )
+    decayed, plain = parameter_groups(model, 0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1
+    assert plain["weight_decay"] == 0.0
+    spared = {names[id(p)].split("layers.0.")[-1] for p in plain["params"]}
+    assert spared == {
+        "norm.weight", "mixer.A_log", "mixer.D", "mixer.conv1d.bias", "mixer.dt_proj.bias", "backbone.norm_f.weight",
+    }  # fmt: skip
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_the_schedule_warms_up_linearly_and_falls_to_zero_as_a_cosine():
+    factors = [schedule(step, 110, 10 / 110) for step in range(111)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[110] == pytest.approx(0.0)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_training_learns_and_leaves_a_checkpoint_a_record_and_logs(tmp_path):
+    training = dataclasses.replace(TRAINING, max_steps=60, validate_every=20, ema_decay=0.0)
+    folder = fit(CONFIG, Cycles(), training, tmp_path / "run", card="# Cycles")
+    model = seqmodels.load(folder)
+    batch = Cycles().validation_batches()[0]
+    assert model.loss(batch)[1]["bits"] < 0.5 * torch.log2(torch.tensor(5.0))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["training"]["learning_rate"] == 1e-2
+    metrics = (tmp_path / "run" / "logs" / "version_0" / "metrics.csv").read_text()
+    assert "val_bits" in metrics.splitlines()[0]
+    assert any(p.name.startswith("events.out.tfevents") for p in (tmp_path / "run" / "logs").rglob("*"))
+    with pytest.raises(InputError, match="a run is already here"):
+        fit(CONFIG, Cycles(), training, tmp_path / "run")
+    other = dataclasses.replace(training, learning_rate=1e-3, resume=True)
+    with pytest.raises(InputError, match="started with other settings"):
+        fit(CONFIG, Cycles(), other, tmp_path / "run")
+
+
+def _slow_run(run):
+    fit(CONFIG, Cycles(delay=0.1), TRAINING, run)
+
+
+def test_a_killed_run_resumes_to_the_same_weights_to_the_bit(tmp_path):
+    fit(CONFIG, Cycles(), TRAINING, tmp_path / "whole")
+    process = multiprocessing.get_context("spawn").Process(target=_slow_run, args=(tmp_path / "killed",))
+    process.start()
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)  # somewhere inside the next epoch
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (tmp_path / "killed" / "model").exists()
+    fit(CONFIG, Cycles(), dataclasses.replace(TRAINING, resume=True), tmp_path / "killed")
+    whole, resumed = (
+        torch.load(tmp_path / n / "checkpoints" / "last.ckpt", weights_only=True) for n in ("whole", "killed")
+    )
+    assert resumed["global_step"] == whole["global_step"] == 12
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], tensor), name
+    for a, b in zip(whole["optimizer_states"], resumed["optimizer_states"], strict=True):
+        torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)
+    best = [load_file(tmp_path / n / "model" / "model.safetensors") for n in ("whole", "killed")]
+    torch.testing.assert_close(best[0], best[1], rtol=0, atol=0)
+
+
+def test_early_stopping_ends_a_run_that_no_longer_improves(tmp_path):
+    training = dataclasses.replace(TRAINING, max_steps=400, patience=2, learning_rate=0.0, ema_decay=0.0)
+    fit(CONFIG, Cycles(), training, tmp_path / "run")
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 12
