@@ -22,7 +22,7 @@ def generate(
     *,
     prompt: str | None = None,
     speaker: str | None = None,
-    label: list[str] | None = None,
+    label: str = "",
     model: str = "spoken-digits",
     output: Path = Path("out.wav"),
     seconds: float = 2.0,
@@ -42,7 +42,7 @@ def generate(
     Args:
         prompt: A label that the model knows (such as "seven"), or a recording (.wav, .flac, .ogg, .mp3) to go on from.
         speaker: The voice: a value of the model's condition "speaker".
-        label: A value of any other condition, as name=value; may be given several times.
+        label: Values of any conditions, as name=value,...
         model: A shipped model's name, a checkpoint folder, or a name on the Hugging Face hub.
         output: Sound file to write; the suffix chooses the format.
         seconds: Longest new sound in seconds; the model may end it earlier.
@@ -66,7 +66,7 @@ def generate(
     rate = mu_law_of(network.config.tokenizer).sample_rate
     output = Path(output)
     check_writable(output, rate)
-    given = parse_labels(label or [], {"speaker": speaker} if speaker is not None else {})
+    given = parse_labels(label, {"speaker": speaker} if speaker is not None else {})
     labels, recording = prompt_labels(network.config.conditions, prompt, given)
     heard = None
     if recording is not None:
@@ -193,17 +193,15 @@ def evaluate(
         write_json(output, facts | {"labels_told": labels} | results | {"versions": versions()})
 
 
-def parse_labels(pairs: list[str], labels: dict[str, str]) -> dict[str, str]:
-    """Labels by condition name, from "name=value" texts added to `labels`."""
+def parse_labels(text: str, labels: dict[str, str]) -> dict[str, str]:
+    """Labels by condition name, from "name=value,..." added to `labels`."""
     labels = dict(labels)
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
+    for pair in filter(None, text.split(",")):
+        name, equals, value = (part.strip() for part in pair.partition("="))
         if not equals:
-            raise InputError(f"--label is {pair!r}; expected name=value")
-        if labels.setdefault(name.strip(), value.strip()) != value.strip():
-            raise InputError(
-                f"the label {name.strip()!r} is given twice: {labels[name.strip()]!r} and {value.strip()!r}"
-            )
+            raise InputError(f"--label is {pair!r}; expected name=value,...")
+        if labels.setdefault(name, value) != value:
+            raise InputError(f"the label {name!r} is given twice: {labels[name]!r} and {value!r}")
     return labels
 
 
