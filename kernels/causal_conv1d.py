@@ -96,7 +96,7 @@ def _check(
     ):  # fmt: skip
         if tensor is not None and tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; with x {(b, l, d)} and k = {k} it must be {shape}"
+                f"{name} has shape {tuple(tensor.shape)}; with x {(b, l, d)} and k = {k} taps it must be {shape}"
             )
 
 
