@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.fasta import FastaReader, Record
-from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits
+from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits, probabilities
 from seqmodels.tasks.genomics.table import Format, Row, TableWriter, check_writable
 from seqmodels.tasks.genomics.tokens import Tokens
 
@@ -104,10 +104,9 @@ def _classified(reader: FastaReader, classifier: Classifier) -> Iterator[list[Ro
     names: set[str] = set()
 
     def flush() -> list[Row]:
-        places = [i for i, (_, tokens) in enumerate(waiting) if tokens is not None]
-        logits = classifier.batch([waiting[i][1] for i in places])
-        for i, values in zip(places, logits, strict=True):
-            _predict(waiting[i][0], values, classifier)
+        known = [(row, tokens) for row, tokens in waiting if tokens is not None]
+        for (row, _), logits in zip(known, classifier.batch([tokens for _, tokens in known]), strict=True):
+            _predict(row, logits, classifier)
         rows = [row for row, _ in waiting]
         waiting.clear()
         return rows
@@ -179,20 +178,18 @@ def _describe(record: Record, file: str, classifier: Classifier, too_long: bool)
     elif counts.unknown == counts.length:
         row |= {"status": "only_n", "note": "no A, C, G or T"}
     elif too_long:
-        note = f"longer than {classifier.longest_batched} bases; raise --batch_tokens"
+        note = f"longer than {classifier.longest_batched} bases; raise --batch-tokens"
         row |= {"status": "too_long", "note": note}
     return row
 
 
 def _predict(row: Row, logits: Logits, classifier: Classifier) -> None:
     """Adds the columns that come from logits (classes,)."""
-    values = logits.astype(np.float64)
-    probabilities = np.exp(values - values.max())
-    probabilities /= probabilities.sum()
-    best = int(values.argmax())
-    row |= {"label": classifier.classes[best], "prob": float(probabilities[best])}
-    row |= {f"p_{name}": float(p) for name, p in zip(classifier.classes, probabilities, strict=True)}
-    row |= {f"logit_{name}": float(v) for name, v in zip(classifier.classes, values, strict=True)}
+    chances = probabilities(logits)
+    best = int(logits.argmax())
+    row |= {"label": classifier.classes[best], "prob": float(chances[best])}
+    row |= {f"p_{name}": float(p) for name, p in zip(classifier.classes, chances, strict=True)}
+    row |= {f"logit_{name}": float(v) for name, v in zip(classifier.classes, logits, strict=True)}
 
 
 def _printable(text: str) -> str:

@@ -51,7 +51,7 @@ def training_data(
 ) -> "RecordData | WindowData":
     """The batches of `records`: windows of long records, whole (or cropped) records otherwise."""
     if len(records.classes) < 2:
-        raise InputError(f"the data have one class only ({records.classes[0]}); training needs two or more")
+        raise InputError(f"the data have one class only ({records.classes[-1]}); training needs two or more")
     if not 0 < validation_fraction < 1:
         raise InputError(f"validation_fraction is {validation_fraction}; give a number between 0 and 1")
     if records.long:
@@ -198,7 +198,7 @@ class WindowData:
             if longest < length:
                 raise InputError(
                     f"class {name!r} has no {what} stretch of {length} bases (the longest has {longest}); use shorter "
-                    "windows, longer records or another --validation_fraction"
+                    "windows, longer records or another --validation-fraction"
                 )
 
     def train_batch(self, step: int) -> Batch:
@@ -209,16 +209,15 @@ class WindowData:
         sequences = [_augmented(self._draw(int(label), length, rng), self.augment, rng) for label in labels]
         return to_batch(sequences, labels)
 
-    def _draw(self, label: int, length: int, rng: np.random.Generator) -> Tokens:
+    def _draw(self, label: int, length: int, rng: np.random.Generator, tries: int = 10) -> Tokens:
         stretches = [s for s in self.training if self.records.labels[s.record] == label and len(s) >= length]
         places = np.array([len(s) - length + 1 for s in stretches])
-        for _ in range(10):  # a window of mostly N teaches nothing; ten in a row would mean a record of them
-            at = int(rng.integers(places.sum()))
-            which = int(np.searchsorted(np.cumsum(places), at, side="right"))
-            start = stretches[which].start + at - int(places[:which].sum())
-            window = self.records.tokens[stretches[which].record][start : start + length]
-            if np.count_nonzero(window == N) <= length // 2:
-                break
+        at = int(rng.integers(places.sum()))
+        which = int(np.searchsorted(np.cumsum(places), at, side="right"))
+        start = stretches[which].start + at - int(places[:which].sum())
+        window = self.records.tokens[stretches[which].record][start : start + length]
+        if tries > 1 and np.count_nonzero(window == N) > length // 2:  # mostly N: teaches nothing
+            return self._draw(label, length, rng, tries - 1)
         return window
 
     def validation_batches(self) -> list[Batch]:

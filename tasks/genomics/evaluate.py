@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.datasets import Stretch, parse_lengths, spaced_windows
-from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits
+from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits, probabilities
 from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, read_labels, read_table
 from seqmodels.tasks.genomics.metrics import METRICS, evaluate_scores
 from seqmodels.tasks.genomics.table import aligned, check_writable, open_atomically
@@ -100,13 +100,13 @@ Samples = Iterator[tuple[int | None, NDArray[np.int64], NDArray[np.float64]]]
 def _from_model(
     classifier: Classifier, records: LabelledRecords, lengths: list[int], windows: int, overlap: bool, quiet: bool
 ) -> Samples:
-    """Window length (None: whole records), class ids (n,) and logits (n, classes), for each length."""
+    """Window length (None: whole records), class ids (n,) and probabilities (n, classes), for each length."""
     stretches = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(records.tokens)]
     for length in lengths or [None]:
         sequences, targets = records.tokens, records.labels
         if length is not None:
             sequences, targets = spaced_windows(records, stretches, length, windows, overlap=overlap)
-        yield length, targets, _logits(classifier, sequences, quiet).astype(np.float64)
+        yield length, targets, probabilities(_logits(classifier, sequences, quiet))
 
 
 def _logits(classifier: Classifier, sequences: list[Tokens], quiet: bool) -> Logits:
@@ -123,7 +123,7 @@ def _logits(classifier: Classifier, sequences: list[Tokens], quiet: bool) -> Log
         for i, sequence in enumerate(sequences):
             if len(sequence) > limit:
                 if not classifier.causal:
-                    raise InputError(f"a sequence has {len(sequence)} bases, more than one batch; raise --batch_tokens")
+                    raise InputError(f"a sequence has {len(sequence)} bases, more than one batch; raise --batch-tokens")
                 logits[i] = classifier.stream([sequence])
                 progress.update()
     return logits
@@ -150,9 +150,12 @@ def _from_predictions(path: Path, labels: Path) -> tuple[tuple[str, ...], Sample
     if not rows:
         raise InputError(f"{path} has no row with a prediction; nothing can be evaluated")
     try:
-        scores = np.array([[float(table[f"p_{name}"][i]) for name in classes] for i in rows])
+        if all(f"logit_{name}" in table for name in classes):  # near 1, probabilities of six digits tie
+            scores = probabilities(np.array([[float(table[f"logit_{name}"][i]) for name in classes] for i in rows]))
+        else:
+            scores = np.array([[float(table[f"p_{name}"][i]) for name in classes] for i in rows])
     except ValueError as error:
-        raise InputError(f"{path}: a probability is no number ({error})") from None
+        raise InputError(f"{path}: a score is no number ({error})") from None
     if skipped := len(table["record_id"]) - len(rows):
         print(f"longseq: {path}: {skipped} rows without a prediction are left out", file=sys.stderr)
     return classes, iter([(None, np.array(targets, dtype=np.int64), scores)])

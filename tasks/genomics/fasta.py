@@ -208,7 +208,7 @@ class _Unclosed(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        data = self._stream.read1(len(buffer)) if hasattr(self._stream, "read1") else self._stream.read(len(buffer))
+        data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 

@@ -76,6 +76,12 @@ class Classifier:
         return logits.float().cpu().numpy()
 
 
+def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Softmax of logits (..., classes) in float64."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
 def batches_by_length(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
     """Places of sequences, sorted by length and cut so that count * longest <= batch_tokens, or one sequence."""
     places: list[int] = []

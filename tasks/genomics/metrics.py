@@ -45,7 +45,7 @@ def _points(targets: NDArray[np.int64], predicted: NDArray[np.int64], scores: Fl
         points: dict[str, float | None] = {
             "accuracy": float(sk.accuracy_score(targets, predicted)),
             "balanced_accuracy": float(sk.balanced_accuracy_score(targets, predicted)),
-            "macro_f1": float(sk.f1_score(targets, predicted, labels=present, average="macro", zero_division=0)),
+            "macro_f1": float(sk.f1_score(targets, predicted, labels=present, average="macro")),
             "mcc": float(sk.matthews_corrcoef(targets, predicted)) if len(present) > 1 else None,
         }
     for name, metric in (("auroc", sk.roc_auc_score), ("auprc", sk.average_precision_score)):

@@ -80,7 +80,7 @@ def encode(sequence: bytes, counts: Counts | None = None) -> Tokens:
         if counts.invalid is None:
             counts.invalid = (counts.length + first + 1, character)
         coded = coded[:first]
-    tokens = coded & 0x0F if flags > 0x0F else coded
+    tokens = coded & np.uint8(0x0F) if flags > 0x0F else coded
     counts.length += len(coded)
     counts.unknown += int(np.count_nonzero(tokens == N))
     if flags & _AMBIGUOUS:

@@ -39,7 +39,7 @@ def train(
     For the species of enterobacteria (five training chromosomes, three window lengths):
 
         longseq dna train genomes/enterobacteria runs/enterobacteria --window 1024,8192,65536
-            --batch_tokens 262144 --training.max_steps 4000 --training.precision bf16
+            --batch-tokens 262144 --training.max-steps 4000 --training.precision bf16
 
     Validation data are cut from the training data: a part of the records of each class, or of each long record a
     contiguous stretch that no training window touches.

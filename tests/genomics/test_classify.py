@@ -1,0 +1,302 @@
+import csv
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import polars
+import pytest
+import torch
+from Bio import bgzf
+
+import seqmodels
+from seqmodels.config import HeadConfig
+from seqmodels.errors import InputError
+from seqmodels.tasks.genomics.classify import classify
+from seqmodels.tasks.genomics.inference import Classifier, batches_by_length
+from seqmodels.tasks.genomics.tokens import encode
+
+
+def bases(seed, length):
+    return "".join(np.random.default_rng(seed).choice(list("ACGT"), length))
+
+
+def fasta(*lengths):
+    return "".join(f">r{i} of {n}\n{bases(i, n)}\n" for i, n in enumerate(lengths))
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def run(tmp_path, text, model, **options):
+    """Exit code and rows for FASTA text."""
+    (tmp_path / "in.fa").write_text(text, newline="")
+    code = classify([tmp_path / "in.fa"], model=model, output=tmp_path / "out.tsv", device="cpu", **options)
+    return code, rows_of(tmp_path / "out.tsv")
+
+
+def logits_of(rows):
+    return np.array([[float(row["logit_left"]), float(row["logit_right"])] for row in rows])
+
+
+def expected_logits(model, sequence):
+    """The model's answer to a whole sequence in a single pass, by itself."""
+    network = seqmodels.load(model)
+    with torch.inference_mode():
+        return network(torch.from_numpy(encode(sequence.encode()).astype(np.int64))[None])[0].numpy()
+
+
+def test_every_record_has_its_row_in_order_with_its_statistics(tmp_path, model):
+    text = ">a first one\nACGTNacgr-\n>b\n" + bases(0, 300) + "\n>c\tx\nGG\n"
+    code, rows = run(tmp_path, text, model)
+    assert code == 0
+    assert list(rows[0]) == [
+        "record_id", "description", "file", "length", "n_frac", "ambiguous", "softmask_frac", "label", "prob",
+        "p_left", "p_right", "logit_left", "logit_right", "status", "note", "model",
+    ]  # fmt: skip
+    assert [row["record_id"] for row in rows] == ["a", "b", "c"]
+    assert [row["description"] for row in rows] == ["first one", "", "x"]
+    assert [row["length"] for row in rows] == ["10", "300", "2"]
+    assert (rows[0]["n_frac"], rows[0]["ambiguous"], rows[0]["softmask_frac"]) == ("0.3", "2", "0.4")
+    for row in rows:
+        p = {name: float(row[f"p_{name}"]) for name in ("left", "right")}
+        assert sum(p.values()) == pytest.approx(1, abs=1e-5)
+        assert float(row["prob"]) == p[row["label"]] == max(p.values())
+        assert np.log(p["left"] / p["right"]) == pytest.approx(
+            float(row["logit_left"]) - float(row["logit_right"]), abs=1e-4
+        )
+        assert (row["status"], row["model"]) == ("ok", model)
+
+
+def test_lower_case_and_u_change_nothing_but_the_statistics(tmp_path, model):
+    sequence = bases(0, 200)
+    text = f">a\n{sequence}\n>b\n{sequence.lower()}\n>c\n{sequence.replace('T', 'U')}\n"
+    _, rows = run(tmp_path, text, model)
+    assert len({(row["logit_left"], row["logit_right"]) for row in rows}) == 1
+    assert [row["softmask_frac"] for row in rows] == ["0", "1", "0"]
+
+
+@pytest.mark.parametrize("chunk", [16, 100, 333, 5000])
+def test_a_record_in_chunks_gets_the_answer_of_a_single_pass(tmp_path, model, chunk):
+    _, rows = run(tmp_path, fasta(1000, 333, 16), model, chunk=chunk)
+    expected = [expected_logits(model, bases(i, n)) for i, n in enumerate((1000, 333, 16))]
+    np.testing.assert_allclose(logits_of(rows), expected, atol=2e-5)
+
+
+def test_neighbours_in_a_batch_do_not_change_the_answer(tmp_path, model):
+    lengths = (5, 300, 70, 2, 120, 299, 1)
+    _, together = run(tmp_path, fasta(*lengths), model)
+    _, alone = run(tmp_path, fasta(*lengths), model, batch_tokens=1)
+    np.testing.assert_allclose(logits_of(together), logits_of(alone), atol=2e-5)
+    np.testing.assert_allclose(
+        logits_of(together), [expected_logits(model, bases(i, n)) for i, n in enumerate(lengths)], atol=2e-5
+    )
+
+
+def test_batches_keep_to_the_budget_and_hold_every_sequence_once():
+    lengths = np.random.default_rng(0).integers(1, 500, 200).tolist()
+    batches = list(batches_by_length(lengths, 1000))
+    assert sorted(i for places in batches for i in places) == list(range(200))
+    assert all(len(places) * max(lengths[i] for i in places) <= 1000 for places in batches)
+
+
+def test_plain_gzip_bgzf_and_standard_input_give_the_same_rows(tmp_path, model, monkeypatch):
+    text = fasta(50, 400, 30)
+    _, expected = run(tmp_path, text, model)
+    (tmp_path / "g.fna.gz").write_bytes(gzip.compress(text.encode()))
+    with bgzf.open(tmp_path / "b.fasta.gz", "wb") as file:
+        file.write(text.encode())
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(text.encode())))
+    for source, name in (("g.fna.gz", None), ("b.fasta.gz", None), ("-", "standard input")):
+        path = tmp_path / source if name is None else source
+        assert classify([path], model=model, output=tmp_path / "o.tsv", device="cpu") == 0
+        assert rows_of(tmp_path / "o.tsv") == [{**row, "file": name or str(path)} for row in expected]
+
+
+def test_all_formats_say_the_same(tmp_path, model):
+    _, rows = run(tmp_path, fasta(50, 20) + ">empty\n", model)
+    for name in ("o.csv", "o.jsonl", "o.parquet", "o.tsv.gz"):
+        classify([tmp_path / "in.fa"], model=model, output=tmp_path / name, device="cpu")
+    with open(tmp_path / "o.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == rows
+    assert gzip.decompress((tmp_path / "o.tsv.gz").read_bytes()) == (tmp_path / "out.tsv").read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    frame = polars.read_parquet(tmp_path / "o.parquet")
+    assert frame["length"].dtype == polars.Int64
+    for i, row in enumerate(rows):
+        for source in (lines[i], frame.row(i, named=True)):
+            shown = {k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in source.items()}
+            assert shown == row
+
+
+def test_without_an_output_the_table_goes_to_standard_output(tmp_path, model, capsys):
+    run(tmp_path, fasta(50, 20), model)
+    classify([tmp_path / "in.fa"], model=model, device="cpu")
+    assert capsys.readouterr().out == (tmp_path / "out.tsv").read_text()
+
+
+def test_a_terminal_shows_an_aligned_table(tmp_path, model, capsys, monkeypatch):
+    (tmp_path / "in.fa").write_text(fasta(50, 2000))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    classify([tmp_path / "in.fa"], model=model, device="cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["record_id", "length", "n_frac", "label", "prob", "status", "note"]
+    assert [line.index("length") + 6 for line in lines[:1]] == [lines[2].index("2000") + 4]
+
+
+PARTLY_BAD = f""">good
+{bases(0, 40)}
+>only_n
+NNNNnnnn--
+>empty
+>digits
+ACGTAC
+GT5ACG
+>good
+{bases(1, 30)}
+>invalid_and_long
+{bases(2, 90)}é
+>last
+{bases(3, 30)}
+"""
+
+
+@pytest.mark.parametrize("chunk", [16384, 16])
+def test_bad_records_keep_their_rows_and_good_ones_their_answers(tmp_path, model, capsys, chunk):
+    code, rows = run(tmp_path, PARTLY_BAD, model, chunk=chunk)
+    assert code == 2
+    assert [(row["record_id"], row["status"], row["note"]) for row in rows] == [
+        ("good", "ok", ""),
+        ("only_n", "only_n", "no A, C, G or T"),
+        ("empty", "empty", "no bases"),
+        ("digits", "invalid", "'5' at position 9 is no base"),
+        ("good", "duplicate", "record 5 has the name of an earlier one"),
+        ("invalid_and_long", "invalid", "'é' at position 91 is no base"),
+        ("last", "ok", ""),
+    ]
+    assert [row["label"] != "" for row in rows] == [True, False, False, False, True, False, True]
+    good = [rows[i] for i in (0, 4, 6)]
+    expected = [expected_logits(model, bases(i, n)) for i, n in ((0, 40), (1, 30), (3, 30))]
+    np.testing.assert_allclose(logits_of(good), expected, atol=2e-5)
+    told = capsys.readouterr().err
+    assert "5 of 7 records are not ok (1 duplicate, 1 empty, 2 invalid, 1 only_n)" in told
+    assert told.count("\n") == 1
+
+
+def test_good_files_among_bad_ones_get_their_rows(tmp_path, model, capsys):
+    (tmp_path / "a.fa").write_text(fasta(20, 30))
+    (tmp_path / "text.fa").write_text("no fasta\n")
+    (tmp_path / "b.fa").write_text(fasta(20))
+    files = [tmp_path / name for name in ("a.fa", "missing.fa", "text.fa", "b.fa")]
+    assert classify(files, model=model, output=tmp_path / "o.tsv", device="cpu") == 2
+    rows = rows_of(tmp_path / "o.tsv")
+    assert [(os.path.basename(row["file"]), row["record_id"], row["status"]) for row in rows] == [
+        ("a.fa", "r0", "ok"), ("a.fa", "r1", "ok"), ("b.fa", "r0", "ok")
+    ]  # fmt: skip
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert "missing.fa does not exist" in told[0]
+    assert "text.fa has no FASTA record" in told[1]
+
+
+def test_records_before_a_cut_get_their_rows(tmp_path, model, capsys):
+    text = "".join(f">r{i}\n{bases(i, 60)}\n" for i in range(300))
+    data = gzip.compress(text.encode())
+    (tmp_path / "x.fa.gz").write_bytes(data[: len(data) // 2])
+    assert classify([tmp_path / "x.fa.gz"], model=model, output=tmp_path / "o.tsv", device="cpu") == 2
+    rows = rows_of(tmp_path / "o.tsv")
+    assert len(rows) > 50
+    assert [row["status"] for row in rows] == ["ok"] * (len(rows) - 1) + ["truncated"]
+    assert "cut off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"no fasta", b"\x7fELF\0\0\0", gzip.compress(b">a\nAC\n")[:10]])
+def test_a_file_without_a_record_leaves_no_output(tmp_path, model, content):
+    (tmp_path / "x.fa").write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.fa"):
+        classify([tmp_path / "x.fa"], model=model, output=tmp_path / "o.tsv", device="cpu")
+    assert os.listdir(tmp_path) == ["x.fa"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": "missing/o.tsv"}, "cannot write"),
+        ({"output": ".", "format": "csv"}, "is a folder"),
+        ({"output": "o.xyz"}, "suffix"),
+        ({"output": "in.fa", "format": "tsv"}, "is also an input"),
+        ({"model": "no-such-model"}, "no such checkpoint"),
+        ({"device": "tpu9"}, "device 'tpu9'"),
+        ({"batch_tokens": 0}, "batch_tokens is 0"),
+        ({"files": []}, "no FASTA file was given"),
+    ],
+)
+def test_bad_options_are_told_before_anything_is_written(tmp_path, model, options, message):
+    (tmp_path / "in.fa").write_text(fasta(20))
+    if "output" in options:
+        options = {**options, "output": tmp_path / options["output"]}
+    with pytest.raises(InputError, match=message) as error:
+        classify(**{"files": [tmp_path / "in.fa"], "model": model, "device": "cpu", **options})
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["in.fa"]
+    assert (tmp_path / "in.fa").read_text() == fasta(20)
+
+
+def test_a_model_of_something_else_is_refused(tmp_path, make_model):
+    (tmp_path / "in.fa").write_text(fasta(20))
+    for other in (make_model(tokenizer={"type": "mu_law"}), make_model(head=HeadConfig(task="next_token"))):
+        with pytest.raises(InputError, match="not a classifier of DNA"):
+            classify([tmp_path / "in.fa"], model=other, device="cpu")
+
+
+def test_a_bidirectional_model_says_which_records_are_too_long(tmp_path, make_model, capsys):
+    code, rows = run(tmp_path, fasta(30, 200, 40), make_model(bidirectional=True), batch_tokens=100)
+    assert code == 2
+    assert [(row["status"], row["length"]) for row in rows] == [("ok", "30"), ("too_long", "200"), ("ok", "40")]
+    assert rows[1]["note"] == "longer than 100 bases; raise --batch-tokens"
+    assert rows[1]["label"] == ""
+
+
+def test_bfloat16_gives_nearly_the_same_probabilities(tmp_path, model):
+    _, exact = run(tmp_path, fasta(100, 3000), model)
+    _, rounded = run(tmp_path, fasta(100, 3000), model, dtype="bfloat16")
+    for a, b in zip(exact, rounded, strict=True):
+        assert float(a["p_left"]) == pytest.approx(float(b["p_left"]), abs=0.02)
+
+
+def test_logits_of_a_stream_do_not_depend_on_how_it_is_cut(model):
+    classifier = Classifier(model, device="cpu", chunk=64)
+    tokens = encode(bases(5, 500).encode())
+    expected = classifier.stream([tokens])
+    for size in (1, 63, 64, 65, 499):
+        found = classifier.stream(tokens[i : i + size] for i in range(0, 500, size))
+        np.testing.assert_array_equal(found, expected)
+
+
+MEMORY = """
+import resource, sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from seqmodels.tasks.genomics.classify import classify
+code = classify([Path(sys.argv[1])], model=sys.argv[2], output=Path(sys.argv[3]), device="cpu")
+print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.timeout(200)
+def test_five_million_bases_take_less_than_two_gigabytes(tmp_path, make_model):
+    folder = make_model(d_model=8, n_layer=1, d_state=4)
+    letters = np.frombuffer(b"ACGT", dtype=np.uint8)[np.random.default_rng(0).integers(0, 4, 5_000_000)]
+    (tmp_path / "x.fa").write_bytes(b">chromosome\n" + letters.tobytes() + b"\n")
+    arguments = [sys.executable, "-c", MEMORY, str(tmp_path / "x.fa"), folder, str(tmp_path / "o.tsv")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    code, megabytes = map(int, done.stdout.split())
+    assert code == 0
+    assert megabytes < 2000
+    assert [(row["length"], row["status"]) for row in rows_of(tmp_path / "o.tsv")] == [("5000000", "ok")]

@@ -1,0 +1,112 @@
+import csv
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import seqmodels
+from seqmodels.errors import InputError
+from seqmodels.tasks.genomics.classify import classify
+from seqmodels.tasks.genomics.evaluate import evaluate
+from seqmodels.tasks.genomics.train import train
+from seqmodels.training import TrainingConfig
+
+TINY = {"d_model": 32, "n_layer": 1, "d_state": 8}
+
+
+def biased(rng, favourite, length):
+    """Bases of which one half is the class's favourite pair: composition tells the classes apart."""
+    p = [0.1] * 4
+    for base in favourite:
+        p["ACGT".index(base)] = 0.4
+    return "".join(rng.choice(list("ACGT"), length, p=p))
+
+
+def training(**changes):
+    return TrainingConfig(**{"max_steps": 30, "validate_every": 15, "learning_rate": 1e-2, "device": "cpu", **changes})
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "train.csv"
+    rows = [f"{biased(rng, pair, int(rng.integers(40, 80)))},{pair}-rich" for pair in ["AT", "GC"] * 50]
+    path.write_text("sequence,label\n" + "\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, table):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    code = train(table, folder, batch_tokens=1600, **TINY, training=training())
+    assert code == 0
+    return folder
+
+
+def test_a_trained_model_tells_the_classes_apart(run, tmp_path):
+    rng = np.random.default_rng(1)
+    pairs = ["AT", "GC"] * 10
+    (tmp_path / "x.fa").write_text("".join(f">r{i}\n{biased(rng, p, 200)}\n" for i, p in enumerate(pairs)))
+    assert classify([tmp_path / "x.fa"], model=str(run / "model"), output=tmp_path / "o.tsv", device="cpu") == 0
+    with open(tmp_path / "o.tsv") as file:
+        labels = [row["label"] for row in csv.DictReader(file, delimiter="\t")]
+    assert np.mean([label == f"{pair}-rich" for label, pair in zip(labels, pairs, strict=True)]) > 0.9
+
+
+def test_the_checkpoint_says_what_it_needs(run):
+    config = seqmodels.load(run / "model").config
+    assert config.head.labels == ("AT-rich", "GC-rich")
+    assert config.tokenizer["type"] == "dna"
+    card = (run / "model" / "README.md").read_text()
+    assert "AT-rich" in card
+    assert str(run) not in card
+
+
+def test_the_same_seed_trains_the_same_weights_and_another_one_does_not(run, table, tmp_path):
+    for name, seed in (("same", 0), ("other", 1)):
+        train(table, tmp_path / name, batch_tokens=1600, **TINY, training=training(seed=seed))
+    weights = [
+        (folder / "model" / "model.safetensors").read_bytes() for folder in (run, tmp_path / "same", tmp_path / "other")
+    ]
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "attention", "lstm"])
+def test_every_mixer_trains_on_windows_of_long_records(tmp_path, mixer):
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(2)
+    lines = ["file,record,species"]
+    for pair in ("AT", "GC"):
+        (tmp_path / f"{pair}.fa").write_text(f">{pair}\n{biased(rng, pair, 3000)}\n")
+        lines.append(f"{pair}.fa,{pair},{pair} species")
+    (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
+    options = {k: v for k, v in TINY.items() if k != "d_state"}
+    bidirectional = mixer == "lstm"
+    train(
+        tmp_path, tmp_path / "run", window="40,100", batch_tokens=400, mixer=mixer, bidirectional=bidirectional,
+        **options, training=training(max_steps=4, validate_every=2),
+    )  # fmt: skip
+    assert evaluate(str(tmp_path / "run" / "model"), tmp_path, window="100", resamples=5, device="cpu") == 0
+    assert seqmodels.load(tmp_path / "run" / "model").causal is not bidirectional
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": "1000", "batch_tokens": 100}, "batch_tokens is 100, less than one window of 1000"),
+        ({"window": "ten"}, "window is 'ten'"),
+        ({"mixer": "lstm", "d_state": 4}, "lstm has no such size"),
+        ({"mixer": "attention", "bidirectional": True}, "attention has no option bidirectional"),
+        ({"validation_fraction": 2.0}, "validation_fraction is 2.0"),
+        ({"labels": "missing.tsv"}, "missing.tsv does not exist"),
+    ],
+)
+def test_bad_options_are_told_before_a_run_is_begun(table, tmp_path, options, message):
+    if "labels" in options:
+        options = {**options, "labels": tmp_path / options["labels"]}
+    with pytest.raises(InputError, match=message):
+        train(table, tmp_path / "run", **options, training=training())
+    assert os.listdir(tmp_path) == []
