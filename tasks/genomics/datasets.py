@@ -51,7 +51,7 @@ def training_data(
 ) -> "RecordData | WindowData":
     """The batches of `records`: windows of long records, whole (or cropped) records otherwise."""
     if len(records.classes) < 2:
-        raise InputError(f"the data have one class only ({records.classes[-1]}); training needs two or more")
+        raise InputError(f"the data have one class only ({', '.join(records.classes)}); training needs two or more")
     if not 0 < validation_fraction < 1:
         raise InputError(f"validation_fraction is {validation_fraction}; give a number between 0 and 1")
     if records.long:

@@ -235,5 +235,7 @@ class _Bgzf(io.RawIOBase):
 
 def _parse_header(header: bytes) -> tuple[str, str]:
     text = header.decode("utf-8", errors="replace")
-    words = "".join(c if c.isprintable() else " " for c in text).split(None, 1)
+    if not text.isprintable():  # tabs and what a terminal would obey
+        text = "".join(c if c.isprintable() else " " for c in text)
+    words = text.split(None, 1)
     return (words[0] if words else ""), (words[1].strip() if len(words) > 1 else "")

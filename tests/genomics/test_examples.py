@@ -47,11 +47,11 @@ def make_contigs():
     return module
 
 
-def test_the_chain_of_a_repeat_repeats_it():
-    module = make_contigs()
-    repeat = np.tile(np.array([7, 8, 9, 10], dtype=np.uint8), 20_000)
-    drawn = module.draw(module.transitions([repeat]), 5000, np.random.default_rng(0))
-    assert drawn.count("ACGT") > 1200
+def test_the_chain_knows_what_follows_what():
+    chain = make_contigs().transitions([np.tile(np.array([7, 8, 9, 10], dtype=np.uint8), 20_000)])
+    context = int("01230123", 4)  # after ACGTACGT comes A, 19,998 times
+    assert np.diff(chain[context], prepend=0) == pytest.approx([19_999 / 20_002, *[1 / 20_002] * 3])
+    assert np.diff(chain[0], prepend=0) == pytest.approx([0.25] * 4)  # AAAAAAAA never came
 
 
 @pytest.mark.data
