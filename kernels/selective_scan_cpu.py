@@ -15,7 +15,7 @@ from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-STEPS = 64  # steps between stored states
+STEPS = 64  # as in selective_scan.py; a constant of this file, since the compiled code is cached by this file
 _BLOCK = 64  # channels that a thread handles together: with n = 16 a stretch's states and decays take 512 KiB
 # Multiplications and additions may fuse; sums over channels may be reordered. NaN and inf keep their meaning.
 _FLAGS, _SUM_FLAGS = {"contract"}, {"contract", "reassoc"}
