@@ -77,7 +77,7 @@ def resolve(path_or_name: str | Path) -> Path:
                 raise InputError(f"{folder}: no config.json in this folder; give a checkpoint's folder")
             return folder
     name = str(path_or_name)
-    shipped = ", ".join(sorted(p.name for p in SHIPPED.iterdir() if (p / "config.json").is_file()))
+    shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob("*/config.json")))
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise InputError(f"{name}: no such checkpoint; give a folder, owner/name on the Hub, or one of: {shipped}")
     from huggingface_hub import snapshot_download

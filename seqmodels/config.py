@@ -192,6 +192,8 @@ class HeadConfig:
     "How 'sequence' summarises the positions: the last real one, their mean, or their maximum."
     dropout: float = 0.0
     "Dropout before the classifier while training."
+    supervise_every: int = 0
+    "While training a 'sequence' head with mean pooling, also classify what was read after every so many positions."
 
 
 @dataclass(frozen=True, kw_only=True)

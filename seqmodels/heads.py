@@ -157,11 +157,27 @@ class SequenceClassifier(Model):
         return self.score(self.dropout(summary.to(weight.dtype)))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy in nats, and {accuracy, count}."""
-        logits = self(batch["ids"], lengths=batch.get("lengths"))
-        accuracy = (logits.detach().argmax(-1) == batch["targets"]).float().mean()
-        count = torch.tensor(len(logits), device=logits.device)
-        return F.cross_entropy(logits.float(), batch["targets"]), {"accuracy": accuracy, "count": count}
+        """Mean cross-entropy in nats, and {accuracy, count}.
+
+        With `supervise_every`, training averages it over prefixes of each sequence, and the whole of it: one long
+        sequence then teaches every length up to its own.
+        """
+        targets, lengths = batch["targets"], batch.get("lengths")
+        x, _ = self.backbone(batch["ids"], None, lengths, None, batch.get("conditions"))
+        logits = self._score(*self._summarise(x, lengths)).float()
+        loss = F.cross_entropy(logits, targets)
+        every = self.config.head.supervise_every
+        prefixes = x.shape[1] // every if every and self.training and self.config.head.pool == "mean" else 0
+        if prefixes:
+            sums = x[:, : prefixes * every].unflatten(1, (prefixes, every)).sum(2, dtype=torch.float32).cumsum(1)
+            ends = every * torch.arange(1, prefixes + 1, device=x.device)
+            read = self._score((sums / ends[:, None]).flatten(0, 1), ends.new_ones(1)).float()
+            whole = ends.expand(len(x), -1) <= (x.shape[1] if lengths is None else lengths[:, None])
+            losses = F.cross_entropy(read, targets.repeat_interleave(prefixes), reduction="none")
+            losses = losses.view_as(whole) * whole
+            loss = (loss * len(x) + losses.sum()) / (len(x) + whole.sum())
+        accuracy = (logits.detach().argmax(-1) == targets).float().mean()
+        return loss, {"accuracy": accuracy, "count": torch.tensor(len(logits), device=logits.device)}
 
 
 class PositionClassifier(Model):

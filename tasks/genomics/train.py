@@ -32,6 +32,7 @@ def train(
     d_state: int | None = None,
     dropout: float = 0.0,
     pool: Literal["last", "mean", "max"] = "mean",
+    supervise_every: int = 0,
     training: TrainingConfig = TrainingConfig(),  # noqa: B008  # frozen
 ) -> int:
     """Train a classifier of DNA sequences and write it to the folder RUN/model.
@@ -62,6 +63,8 @@ def train(
         d_state: State size of mamba and mamba2; otherwise 16 and 128.
         dropout: Dropout, in the layers and before the classifier.
         pool: How the positions of a sequence are summarised.
+        supervise_every: With pool mean: also learn from what was read after every so many bases, so that long windows
+            teach every shorter length too; 0 means from the whole window only.
         training: Steps, learning rate and so on.
 
     Returns:
@@ -83,7 +86,9 @@ def train(
     config = ModelConfig(
         vocab_size=VOCAB_SIZE,
         backbone=_backbone(mixer, bidirectional, d_model, n_layer, d_state, dropout),
-        head=HeadConfig(task="sequence", labels=records.classes, pool=pool, dropout=dropout),
+        head=HeadConfig(
+            task="sequence", labels=records.classes, pool=pool, dropout=dropout, supervise_every=supervise_every
+        ),
         tokenizer=TOKENIZER,
     )
     what = (

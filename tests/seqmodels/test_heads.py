@@ -1,0 +1,96 @@
+"""Heads: reading in chunks is reading at once; padding never counts; losses are what they say."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import seqmodels
+from seqmodels import presets
+from seqmodels.config import HeadConfig, ModelConfig
+from seqmodels.errors import InputError
+
+
+def classifier(pool, bidirectional=False, **head):
+    backbone = presets.mamba2(16, 2, head_dim=8, d_state=4, bidirectional=bidirectional)
+    head = HeadConfig(task="sequence", labels=("a", "b", "c"), pool=pool, **head)
+    return seqmodels.build(ModelConfig(vocab_size=11, backbone=backbone, head=head), seed=0).double().eval()
+
+
+@pytest.mark.parametrize("pool", ["last", "mean", "max"])
+@torch.no_grad()
+def test_a_sequence_read_in_chunks_gets_the_label_of_one_pass(pool):
+    model, ids = classifier(pool), torch.randint(0, 11, (2, 50))
+    lengths = torch.tensor([50, 41])
+    state = None
+    for start, stop in [(0, 13), (13, 40), (40, 50)]:
+        state = model.read(ids[:, start:stop], state, lengths=(lengths - start).clamp(0, stop - start))
+    torch.testing.assert_close(model.classify(state), model(ids, lengths=lengths), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("pool", ["last", "mean", "max"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@torch.no_grad()
+def test_padding_and_neighbours_change_no_label(pool, bidirectional):
+    model, ids = classifier(pool, bidirectional), torch.randint(0, 11, (3, 30))
+    lengths = torch.tensor([30, 1, 17])
+    padded = model(ids, lengths=lengths)
+    for row, length in enumerate(lengths):
+        alone = model(ids[row : row + 1, :length])
+        torch.testing.assert_close(padded[row : row + 1], alone, rtol=1e-6, atol=1e-7)
+
+
+def test_a_bidirectional_classifier_says_that_it_cannot_read_in_chunks():
+    with pytest.raises(InputError, match="cannot read in chunks"):
+        classifier("mean", bidirectional=True).read(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_supervised_prefixes_average_the_loss_over_every_length_read():
+    model = classifier("mean", supervise_every=8)
+    ids, targets = torch.randint(0, 11, (2, 30)), torch.tensor([2, 0])
+    lengths = torch.tensor([30, 17])
+    prefixes = [(0, n) for n in (8, 16, 24, 30)] + [(1, n) for n in (8, 16, 17)]
+    want = [F.cross_entropy(model(ids[row : row + 1, :n]), targets[row : row + 1]) for row, n in prefixes]
+    batch = {"ids": ids, "targets": targets, "lengths": lengths}
+    loss, _ = model.train().loss(batch)
+    torch.testing.assert_close(loss.double(), torch.stack(want).mean(), rtol=1e-5, atol=1e-6)
+    loss, _ = model.eval().loss(batch)
+    torch.testing.assert_close(loss.double(), (want[3] + want[6]) / 2, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_language_models_loss_counts_real_targets_only():
+    config = ModelConfig(vocab_size=11, backbone=presets.mamba(16, 1, d_state=4), head=HeadConfig(task="next_token"))
+    model = seqmodels.build(config, seed=0).eval()
+    ids = torch.randint(0, 11, (2, 9))
+    targets = torch.randint(0, 11, (2, 9))
+    targets[1, 5:] = -100
+    loss, metrics = model.loss({"ids": ids, "targets": targets})
+    logits = model(ids)[0]
+    kept = torch.cat([logits[0], logits[1, :5]]), torch.cat([targets[0], targets[1, :5]])
+    torch.testing.assert_close(loss, F.cross_entropy(*kept))
+    assert metrics["count"] == 14
+    torch.testing.assert_close(metrics["bits"] * torch.log(torch.tensor(2.0)), loss)
+
+
+@torch.no_grad()
+def test_a_position_head_labels_every_position_and_streams():
+    config = ModelConfig(
+        vocab_size=11,
+        backbone=presets.mamba2(16, 1, head_dim=8, d_state=4),
+        head=HeadConfig(task="position", labels=("intron", "exon")),
+    )
+    model, ids = seqmodels.build(config, seed=0).double().eval(), torch.randint(0, 11, (2, 20))
+    whole, _ = model(ids)
+    first, state = model(ids[:, :7])
+    second, _ = model(ids[:, 7:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    _, metrics = model.loss({"ids": ids, "targets": whole.argmax(-1)})
+    assert metrics["accuracy"] == 1.0
+
+
+def test_a_classifier_without_labels_is_refused():
+    config = dataclasses.replace(classifier("mean").config, head=HeadConfig(task="sequence"))
+    with pytest.raises(InputError, match="needs labels"):
+        seqmodels.build(config)
