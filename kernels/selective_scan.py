@@ -75,15 +75,14 @@ def selective_scan_reference(
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     state = _zero_state(x, A) if initial_state is None else initial_state.to(_state_dtype(x))
     starts = None if seq_idx is None else starts_of_sequences(seq_idx)
+    gates = [None] * x.shape[1] if z is None else z.unbind(1)
     outputs = []
-    for t in range(x.shape[1]):
+    for t, (x_t, dt_t, B_t, C_t, z_t) in enumerate(zip(*(v.unbind(1) for v in (x, dt, B, C)), gates, strict=True)):
         if starts is not None:
             state = state.masked_fill(starts[:, t, None, None], 0.0)
-        z_t = None if z is None else z[:, t]
         y, state = selective_scan_step(
-            x[:, t], dt[:, t], A, B[:, t], C[:, t], D, z_t, dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
-            state=state,
-        )  # fmt: skip
+            x_t, dt_t, A, B_t, C_t, D, z_t, dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, state=state
+        )
         outputs.append(y)
     return torch.stack(outputs, 1), state
 
