@@ -27,6 +27,7 @@ def generate(
     output: Path = Path("out.wav"),
     seconds: float = 2.0,
     number: int = 1,
+    batch: int | None = None,
     include_prompt: bool = False,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -47,6 +48,7 @@ def generate(
         output: Sound file to write; the suffix chooses the format.
         seconds: Longest new sound in seconds; the model may end it earlier.
         number: How many to make; with more than one, the files are named out_0.wav, out_1.wav, ...
+        batch: How many to make at a time; more are faster, but round differently. By default 1 on a CPU, 256 on a GPU.
         include_prompt: Put the recording that was the prompt before the new sound.
         temperature: Divides the logits; below 1 is safer, above 1 wilder, 0 takes the most likely sample.
         top_k: Draw from the k most likely values of a sample only; 0 means from all.
@@ -75,13 +77,14 @@ def generate(
             print(f"{recording}: resampled from {recorded_rate} Hz to the model's {rate} Hz", file=sys.stderr)
         heard = resample(heard, recorded_rate, rate)
 
-    with _progress(round(seconds * rate), "samples") as bar:
+    with _progress(round(seconds * rate) * number, "samples") as bar:
         made = generate_sound(
             network,
             labels=labels,
             prompt=heard,
             seconds=seconds,
             number=number,
+            batch=batch,
             sampling=sampling,
             seed=seed,
             progress=bar.update,
