@@ -152,7 +152,7 @@ def _decode(
 
 @contextmanager
 def _threads(device: torch.device, rows: int) -> Iterator[None]:
-    """One thread while decoding a few rows on a CPU: its small products only lose by waking others (measured: 2 to 8
+    """One thread while decoding a few rows on a CPU: its small products only lose by waking others (measured: 6 to 9
     times slower with two threads on two busy cores)."""
     before = torch.get_num_threads()
     if device.type == "cpu" and rows < 16:
