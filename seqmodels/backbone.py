@@ -5,13 +5,14 @@ Parameters are named as in state-spaces/mamba: embedding, layers.{i}.norm, layer
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqmodels.config import BackboneConfig, ConditionConfig, MixerConfig
+from seqmodels.config import BackboneConfig, ConditionConfig, KmerConfig, MixerConfig
+from seqmodels.kernels.packing import starts_of_sequences
 from seqmodels.kernels.rms_norm import rms_norm
 from seqmodels.mixers import build_mixer, is_causal
 
@@ -76,8 +77,8 @@ class Layer(nn.Module):
         return x, residual, state
 
 
-class Stack(nn.Module):
-    """Layers of one width and a final norm: (b, l, d) -> (b, l, d)."""
+class Layers(nn.Module):
+    """Layers of one width and a final norm."""
 
     def __init__(
         self, d_model: int, mixers: Sequence[MixerConfig], *, mlp_expand: float, dropout: float, epsilon: float,
@@ -92,7 +93,7 @@ class Stack(nn.Module):
         self.residual_in_fp32 = residual_in_fp32
         rescale_residual_projections(self)
 
-    def forward(
+    def read(
         self, x: Tensor, state: tuple | None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, tuple]:
         """(b, l, d) -> (b, l, d) and one state per layer."""
@@ -128,7 +129,56 @@ class Conditions(nn.Module):
         return x
 
 
-class Backbone(Stack):
+class KmerEmbedding(nn.Module):
+    """Embeddings of the k-mer that ends at each step: ids (b, l) -> (b, l, d), and the last k - 1 ids as state."""
+
+    digits: Tensor
+
+    def __init__(self, config: KmerConfig, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.k, self.base = config.k, len(config.alphabet)
+        digits = torch.full((vocab_size,), -1)
+        digits[list(config.alphabet)] = torch.arange(self.base)
+        self.register_buffer("digits", digits, persistent=False)
+        self.table = nn.Embedding(self.base**self.k + 1, config.width)
+        nn.init.normal_(self.table.weight, std=0.02)
+        self.proj = nn.Linear(config.width, d_model, bias=False)
+
+    def forward(
+        self, ids: Tensor, recent: Tensor | None, lengths: Tensor | None, seq_idx: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """recent: (b, k - 1) ids before the first, -1 where there are none, as is meant by None."""
+        past, l = self.k - 1, ids.shape[1]
+        recent = ids.new_full((len(ids), past), -1) if recent is None else recent
+        ids = torch.cat([recent, ids], 1)
+        digits = torch.where(ids >= 0, self.digits[ids.clamp(min=0)], -1)
+        run = None if seq_idx is None else F.pad(starts_of_sequences(seq_idx).cumsum(1), (past, 0))
+        word, whole = torch.zeros_like(ids[:, past:]), torch.ones_like(ids[:, past:], dtype=torch.bool)
+        for j in range(self.k):
+            digit = digits[:, j : j + l]
+            word = word * self.base + digit
+            whole &= digit >= 0
+            if run is not None:
+                whole &= run[:, j : j + l] == run[:, past:]
+        word = torch.where(whole, word, self.base**self.k)
+        end = torch.full((len(ids), 1), l, device=ids.device) if lengths is None else lengths[:, None]
+        last = end + torch.arange(past, device=ids.device)
+        recent = ids.gather(1, last)
+        if run is not None:  # what lies before the last sequence is not part of its words
+            recent = torch.where(run.gather(1, last) == run.gather(1, end + past - 1), recent, -1)
+        return self.proj(self.table(word)), recent
+
+
+class BackboneState(NamedTuple):
+    """What a flat backbone remembers."""
+
+    recent: Tensor | None
+    "(b, k - 1) last token ids, if it embeds k-mers."
+    layers: tuple
+    "State of each layer."
+
+
+class Backbone(Layers):
     """A flat backbone: token ids (b, l) -> features (b, l, d)."""
 
     def __init__(self, config: BackboneConfig, vocab_size: int, conditions: Sequence[ConditionConfig] = ()) -> None:
@@ -138,22 +188,28 @@ class Backbone(Stack):
         )  # fmt: skip
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        self.kmer = KmerEmbedding(config.kmer, vocab_size, config.d_model) if config.kmer else None
         self.conditions = Conditions(conditions, config.d_model)
         self.causal = all(is_causal(mixer) for mixer in config.layers)
 
     def forward(
         self,
         ids: Tensor,
-        state: tuple | None = None,
+        state: BackboneState | None = None,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
         conditions: Tensor | None = None,
-    ) -> tuple[Tensor, tuple]:
-        """(b, l) -> (b, l, d) and one state per layer."""
-        return super().forward(self.conditions(self.embedding(ids), conditions), state, lengths, seq_idx)
+    ) -> tuple[Tensor, BackboneState]:
+        """(b, l) -> (b, l, d) and the state after the last real step."""
+        x, recent = self.conditions(self.embedding(ids), conditions), None
+        if self.kmer is not None:
+            words, recent = self.kmer(ids, None if state is None else state.recent, lengths, seq_idx)
+            x = x + words
+        x, layers = self.read(x, None if state is None else state.layers, lengths, seq_idx)
+        return x, BackboneState(recent, layers)
 
 
-def rescale_residual_projections(stack: Stack) -> None:
+def rescale_residual_projections(stack: Layers) -> None:
     """Divide the initial out_proj and fc2 by the square root of the number of residual additions (GPT-2)."""
     additions = sum(1 if layer.mlp is None else 2 for layer in stack.layers)  # pyright: ignore
     seen = set()

@@ -118,6 +118,18 @@ MixerConfig = MambaConfig | Mamba2Config | AttentionConfig | RNNConfig | Bidirec
 
 
 @dataclass(frozen=True, kw_only=True)
+class KmerConfig:
+    """Learned embeddings of the last k tokens together, added to each token's own."""
+
+    k: int
+    "Tokens per word."
+    alphabet: tuple[int, ...]
+    "Token ids that words are made of; a word with any other token has one shared embedding."
+    width: int
+    "Width of the table of len(alphabet)**k words, projected to d_model."
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """A stack of pre-norm residual layers of one width."""
 
@@ -125,6 +137,8 @@ class BackboneConfig:
     "Width d of the residual stream."
     layers: tuple[MixerConfig, ...]
     "One mixer per layer."
+    kmer: KmerConfig | None = None
+    "Embeddings of k-mers beside those of single tokens; None means none."
     mlp_expand: float = 0.0
     "Hidden width of a gated MLP after each mixer, in units of d_model; 0 means no MLP."
     dropout: float = 0.0
@@ -237,10 +251,10 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         return _parse_dataclass((kind,), value, where)
     if origin in (typing.Union, types.UnionType):
         classes = tuple(a for a in arguments if dataclasses.is_dataclass(a))
-        if classes:
-            return _parse_dataclass(classes, value, where)
         if value is None and type(None) in arguments:
             return None
+        if classes:
+            return _parse_dataclass(classes, value, where)
         return _parse(next(a for a in arguments if a is not type(None)), value, where)
     if origin is Literal:
         if value not in arguments:

@@ -179,8 +179,8 @@ def _to_huggingface(model: LanguageModel) -> dict[str, Any]:
     mixer = backbone.layers[0]
     if len(kinds) != 1 or not isinstance(mixer, (MambaConfig, Mamba2Config)):
         raise InputError("Hugging Face's Mamba has the same Mamba or Mamba-2 mixer in every layer; this model does not")
-    if backbone.mlp_expand or config.conditions:
-        raise InputError("Hugging Face's Mamba has no MLP and no conditions (mlp_expand, conditions); this model has")
+    if backbone.mlp_expand or backbone.kmer or config.conditions:
+        raise InputError("Hugging Face's Mamba has no MLP, k-mers or conditions (mlp_expand, kmer, conditions)")
     values: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": backbone.d_model,

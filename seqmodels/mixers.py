@@ -136,6 +136,8 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, SSMState]:
         """(b, l, d) -> (b, l, d) and the state after the last real step."""
         config = self.config
+        if state is not None and _is_step(x, state, lengths, seq_idx) and self._compiled_step_takes(x, state):
+            return self._compiled_step(x, state)
         inner = self.splits[0]
         g, n = config.n_groups, config.d_state
         z, xBC, dt = self.in_proj(x).split(self.splits, -1)
@@ -167,6 +169,25 @@ class Mamba2(nn.Module):
         else:
             y = y * F.silu(z)
         return self.out_proj(y), SSMState(conv_state, ssm)
+
+    def _compiled_step_takes(self, x: Tensor, state: SSMState) -> bool:
+        """Whether one step on a CPU can run as one compiled function (more rows are for threaded products)."""
+        tensors = (x, self.in_proj.weight, state.conv, state.ssm)
+        small = x.device.type == "cpu" and len(x) <= 8 and self.in_proj.bias is None
+        return small and not torch.is_grad_enabled() and all(t.dtype == torch.float32 for t in tensors)
+
+    def _compiled_step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+        """(b, 1, d) -> (b, 1, d): a few times faster than one op after the other."""
+        from seqmodels.kernels.mamba2_step import mamba2_step
+
+        config = self.config
+        y, conv_state, ssm = mamba2_step(
+            x[:, 0], self.in_proj.weight, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias, self.A_log, self.D,
+            self.norm.weight if config.gated_norm else None, self.out_proj.weight, state.conv, state.ssm,
+            groups=config.n_groups, norm_groups=config.n_groups, norm_before_gate=config.norm_before_gate,
+            epsilon=config.norm_epsilon, dt_limit=config.dt_limit,
+        )  # fmt: skip
+        return y[:, None], SSMState(conv_state, ssm)
 
 
 class Bidirectional(nn.Module):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqmodels.backbone import Conditions, Stack
+from seqmodels.backbone import Conditions, Layers
 from seqmodels.config import ConditionConfig, MultiscaleConfig
 from seqmodels.errors import InputError
 from seqmodels.kernels.packing import starts_of_sequences
@@ -51,8 +51,8 @@ class Multiscale(nn.Module):
             "residual_in_fp32": config.residual_in_fp32,
         }
         self.conditions = nn.ModuleList(Conditions(conditions, s.d_model) for s in stages)
-        self.down = nn.ModuleList(Stack(s.d_model, s.down, **options) for s in stages)
-        self.up = nn.ModuleList(Stack(s.d_model, s.up, **options) for s in stages[:-1])
+        self.down = nn.ModuleList(Layers(s.d_model, s.down, **options) for s in stages)
+        self.up = nn.ModuleList(Layers(s.d_model, s.up, **options) for s in stages[:-1])
         pairs = list(itertools.pairwise(stages))
         self.pool = nn.ModuleList(nn.Linear(fine.pool * fine.d_model, coarse.d_model) for fine, coarse in pairs)
         self.unpool = nn.ModuleList(nn.Linear(coarse.d_model, fine.pool * fine.d_model) for fine, coarse in pairs)
@@ -80,7 +80,7 @@ class Multiscale(nn.Module):
     ) -> tuple[Tensor, tuple]:
         own: StageState | None = None if state is None else state[0]
         x = self.conditions[i](x, conditions)
-        x, down = self.down[i](x, None if own is None else own.down, None, seq_idx)
+        x, down = self.down[i].read(x, None if own is None else own.down, None, seq_idx)
         if i == len(self.up):
             empty = x[:, :0]
             return x, (StageState(down, (), empty, empty),)
@@ -102,7 +102,7 @@ class Multiscale(nn.Module):
             run = starts_of_sequences(seq_idx).cumsum(1)
             same = run == F.pad(run, (pool - 1, 0))[:, : run.shape[1]]
             from_coarse = from_coarse * same[..., None]
-        y, up = self.up[i](x + from_coarse, None if own is None else own.up, None, seq_idx)
+        y, up = self.up[i].read(x + from_coarse, None if own is None else own.up, None, seq_idx)
         own = StageState(down, up, pending[:, groups * pool :], ready[:, x.shape[1] :])
         return y, (own, *(rest if rest is not None else self._no_state(i + 1, x)))
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from seqmodels import presets
-from seqmodels.config import BackboneConfig, HeadConfig, ModelConfig
+from seqmodels.config import BackboneConfig, HeadConfig, KmerConfig, ModelConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.datasets import RecordData, parse_lengths, training_data
 from seqmodels.tasks.genomics.labelled import load_labelled
-from seqmodels.tasks.genomics.tokens import TOKENIZER, VOCAB_SIZE
+from seqmodels.tasks.genomics.tokens import TOKENIZER, VOCAB_SIZE, VOCABULARY
 from seqmodels.training import TrainingConfig, fit
 
 Mixer = Literal["mamba", "mamba2", "attention", "lstm"]
@@ -30,6 +30,8 @@ def train(
     d_model: int = 128,
     n_layer: int = 4,
     d_state: int | None = None,
+    kmer: int = 0,
+    kmer_width: int = 16,
     dropout: float = 0.0,
     pool: Literal["last", "mean", "max"] = "mean",
     supervise_every: int = 0,
@@ -61,6 +63,8 @@ def train(
         d_model: Width.
         n_layer: Layers.
         d_state: State size of mamba and mamba2; otherwise 16 and 128.
+        kmer: Also embed the last so many bases as one word, through a table of 4**kmer words; 0 means no such table.
+        kmer_width: Width of that table.
         dropout: Dropout, in the layers and before the classifier.
         pool: How the positions of a sequence are summarised.
         supervise_every: With pool mean: also learn from what was read after every so many bases, so that long windows
@@ -85,7 +89,9 @@ def train(
     )
     config = ModelConfig(
         vocab_size=VOCAB_SIZE,
-        backbone=_backbone(mixer, bidirectional, d_model, n_layer, d_state, dropout),
+        backbone=dataclasses.replace(
+            _backbone(mixer, bidirectional, d_model, n_layer, d_state, dropout), kmer=_kmers(kmer, kmer_width)
+        ),
         head=HeadConfig(
             task="sequence", labels=records.classes, pool=pool, dropout=dropout, supervise_every=supervise_every
         ),
@@ -102,6 +108,12 @@ def train(
     model = fit(config, served, training, run, card=card)
     print(model)
     return 0
+
+
+def _kmers(k: int, width: int) -> KmerConfig | None:
+    if not 0 <= k <= 12:
+        raise InputError(f"kmer is {k}; expected 0 (none) to 12 (a table of 16.8 million words)")
+    return KmerConfig(k=k, alphabet=tuple(map(VOCABULARY.index, "ACGT")), width=width) if k else None
 
 
 def _backbone(

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 import seqmodels
+from seqmodels.backbone import BackboneState
 from seqmodels.config import (
     AttentionConfig,
     BackboneConfig,
     BidirectionalConfig,
     ConditionConfig,
     HeadConfig,
+    KmerConfig,
     Mamba2Config,
     MambaConfig,
     ModelConfig,
@@ -45,6 +47,13 @@ def language_model(*names, dtype=torch.float32, mlp=0.0, conditions=(), task="ne
     return enlarge(seqmodels.build(config, seed=0)).to(dtype).eval()
 
 
+def kmers(dtype=torch.float32):
+    kmer = KmerConfig(k=3, alphabet=(2, 3, 5, 7, 9), width=6)
+    backbone = BackboneConfig(d_model=16, layers=(CAUSAL["mamba2"], CAUSAL["mamba"]), kmer=kmer)
+    config = ModelConfig(vocab_size=11, backbone=backbone, head=HeadConfig(task="next_token"))
+    return enlarge(seqmodels.build(config, seed=0)).to(dtype).eval()
+
+
 def u_net(dtype=torch.float32):
     backbone = multiscale_mamba2((16, 24, 32), (1, 1, 2), (4, 3), head_dim=8, d_state=4, chunk_size=8)
     config = ModelConfig(vocab_size=11, backbone=backbone, head=HeadConfig(task="next_token"))
@@ -67,6 +76,7 @@ def tokens(b, l, seed=0):
 MODELS = {name: (lambda name=name: language_model(name, name)) for name in CAUSAL}
 MODELS["hybrid"] = lambda: language_model(*HYBRID, mlp=2.0)
 MODELS["u-net"] = u_net
+MODELS["k-mers"] = kmers
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -146,7 +156,7 @@ def test_packed_sequences_give_what_each_gives_alone(name):
         torch.testing.assert_close(more, own, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "attention", "window", "lstm"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "attention", "window", "lstm", "k-mers"])
 @torch.no_grad()
 def test_a_packed_row_with_padding_hands_on_its_last_sequence(name):
     model, ids = MODELS[name]().double(), tokens(2, 16)
@@ -185,8 +195,8 @@ def test_a_bidirectional_model_refuses_to_stream_or_to_predict_the_next_token():
     model = language_model("bi-mamba2", task="masked_token")
     _, state = model(tokens(1, 4))
     with pytest.raises(InputError, match="sees the whole sequence at once"):
-        model(tokens(1, 4), state=(torch.zeros(1),))
-    assert state == (None,)
+        model(tokens(1, 4), state=BackboneState(None, (torch.zeros(1),)))
+    assert state.layers == (None,)
     with pytest.raises(InputError, match="needs causal mixers"):
         language_model("bi-mamba2")
 
