@@ -78,6 +78,8 @@ class TrainingConfig:
     "Where to train."
     num_workers: int = 0
     "Processes that prepare batches; 0 means the training process itself."
+    weights: Literal["float32", "bfloat16"] = "float32"
+    "Number format of the weights in the exported model."
     resume: bool = False
     "Go on from the run folder's last checkpoint."
 
@@ -125,7 +127,7 @@ def fit(config: ModelConfig, data: TrainingData, training: TrainingConfig, run: 
     best = torch.load(run / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
     prefix = "model."
     model.load_state_dict({k.removeprefix(prefix): v for k, v in best["state_dict"].items() if k.startswith(prefix)})
-    return save(model, run / "model", card=card or None)
+    return save(model, run / "model", card=card or None, dtype=getattr(torch, training.weights))
 
 
 def _prepare_run(config: ModelConfig, training: TrainingConfig, run: Path) -> Path | None:
