@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqmodels.kernels.discretize import step_size
 from seqmodels.kernels.packing import starts_of_sequences
 
 # Chunks that one pass handles together: bounds the (q, q) matrices per pass, in elements; what fits the cache is
@@ -48,7 +49,7 @@ def ssd(
     the final state to the last. Linear in l in time and memory; differentiable in every tensor argument.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, _state_dtype(x))
+    dt = step_size(dt, dt_bias, dt_softplus, dt_limit, _state_dtype(x))
     run = None if seq_idx is None else starts_of_sequences(seq_idx).cumsum(1)
     y, final_state, _ = _ssd(x, dt, A, B, C, initial_state, run, chunk_size)
     return _skip_and_gate(y, x, D, z).to(x.dtype), final_state
@@ -104,7 +105,7 @@ def ssd_quadratic(
     """The attention-like form y = (L o C B^T) (dt x): quadratic in l. Arguments and results as in `ssd`."""
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     dtype = _state_dtype(x)
-    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
+    dt = step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
     per_group = x.shape[2] // B.shape[2]
     B, C = (t.to(dtype).repeat_interleave(per_group, 2) for t in (B, C))
     log_decay = (dt * A.to(dtype)).cumsum(1).transpose(1, 2)  # (b, h, l)
@@ -143,7 +144,7 @@ def ssd_step(
     dtype = state.dtype
     b, h, p, n = state.shape
     g = B.shape[1]
-    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
+    dt = step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
     decay = (dt * A).exp()
     inputs = (x * dt[..., None]).to(dtype)
     # (b, g, r, p, n): a group's heads share B and C
@@ -162,18 +163,6 @@ def _state_dtype(x: Tensor) -> torch.dtype:
 
 def _zero_state(x: Tensor, B: Tensor) -> Tensor:
     return x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=_state_dtype(x))
-
-
-def _step_size(
-    dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float], dtype: torch.dtype
-) -> Tensor:
-    dt = dt.to(dtype)
-    if bias is not None:
-        dt = dt + bias
-    if softplus:
-        dt = F.softplus(dt)
-    # torch.clamp has gradient 1 at the limits themselves, so (0, inf) passes a softplus's gradient unharmed
-    return dt if limit == (0.0, math.inf) and softplus else dt.clamp(*limit)
 
 
 def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:

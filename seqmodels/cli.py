@@ -29,7 +29,7 @@ COMMANDS = {
 USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help explains one
 
   longseq dna classify FILE...        label the records of FASTA files: a table, one row per record
-  longseq dna evaluate DATA           accuracy and more on labelled data
+  longseq dna evaluate MODEL --data D accuracy and more on labelled data
   longseq dna train DATA RUN          train a classifier on your own data
   longseq audio generate --prompt P   make sound from a label or the start of a recording
   longseq audio evaluate DATA         bits per sample of recordings
@@ -39,7 +39,7 @@ USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help ex
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, or 2 after one line that says what is wrong."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in ("-h", "--help") or words[1:2] in (["-h"], ["--help"]):
         print(USAGE)
         return 0
     try:

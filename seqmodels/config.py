@@ -202,12 +202,13 @@ class HeadConfig:
     "Next-token or masked-token logits, one label per sequence, or one label per position."
     labels: tuple[str, ...] = ()
     "Class names in order of their ids, for 'sequence' and 'position'."
-    pool: Literal["last", "mean", "max"] = "mean"
-    "How 'sequence' summarises the positions: the last real one, their mean, or their maximum."
+    pool: Literal["last", "mean", "sqrt", "max"] = "mean"
+    """How 'sequence' summarises the real positions: the last one, their mean, their sum divided by the square root of
+    their number (noise keeps its size while evidence grows with the length), or their maximum."""
     dropout: float = 0.0
     "Dropout before the classifier while training."
     supervise_every: int = 0
-    "While training a 'sequence' head with mean pooling, also classify what was read after every so many positions."
+    "While training a head that pools by mean or sqrt, also classify what was read after every so many positions."
 
 
 @dataclass(frozen=True, kw_only=True)

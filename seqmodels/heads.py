@@ -123,7 +123,7 @@ class SequenceClassifier(Model):
         summary, count = self._summarise(x, lengths)
         if state is not None:
             pool = self.config.head.pool
-            if pool == "mean":
+            if pool in ("mean", "sqrt"):
                 summary = state.summary + summary
             elif pool == "max":
                 summary = torch.maximum(state.summary, summary)
@@ -144,15 +144,16 @@ class SequenceClassifier(Model):
             index = (count - 1).clamp(min=0)[:, None, None].expand(b, 1, x.shape[2])
             return x.gather(1, index)[:, 0].double(), count
         if lengths is None:
-            return (x.sum(1, dtype=torch.float32).double() if pool == "mean" else x.amax(1).double()), count
+            return (x.amax(1).double() if pool == "max" else x.sum(1, dtype=torch.float32).double()), count
         real = (torch.arange(l, device=x.device) < lengths[:, None])[..., None]
-        if pool == "mean":
+        if pool != "max":
             return (x * real).sum(1, dtype=torch.float32).double(), count
         return x.masked_fill(~real, -math.inf).amax(1).double(), count
 
     def _score(self, summary: Tensor, count: Tensor) -> Tensor:
-        if self.config.head.pool == "mean":
-            summary = summary / count.clamp(min=1)[:, None]
+        if (pool := self.config.head.pool) in ("mean", "sqrt"):
+            count = count.clamp(min=1)[:, None]
+            summary = summary / (count if pool == "mean" else count.sqrt())
         weight = self.score.weight
         return self.score(self.dropout(summary.to(weight.dtype)))
 
@@ -167,11 +168,12 @@ class SequenceClassifier(Model):
         logits = self._score(*self._summarise(x, lengths)).float()
         loss = F.cross_entropy(logits, targets)
         every = self.config.head.supervise_every
-        prefixes = x.shape[1] // every if every and self.training and self.config.head.pool == "mean" else 0
+        summed = self.config.head.pool in ("mean", "sqrt")
+        prefixes = x.shape[1] // every if every and self.training and summed else 0
         if prefixes:
             sums = x[:, : prefixes * every].unflatten(1, (prefixes, every)).sum(2, dtype=torch.float32).cumsum(1)
             ends = every * torch.arange(1, prefixes + 1, device=x.device)
-            read = self._score((sums / ends[:, None]).flatten(0, 1), ends.new_ones(1)).float()
+            read = self._score(sums.flatten(0, 1), ends.repeat(len(x))).float()
             whole = ends.expand(len(x), -1) <= (x.shape[1] if lengths is None else lengths[:, None])
             losses = F.cross_entropy(read, targets.repeat_interleave(prefixes), reduction="none")
             losses = losses.view_as(whole) * whole

@@ -26,7 +26,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from seqmodels.checkpoint import replace, save
+from seqmodels.checkpoint import read_tensors, replace, resolve, save
 from seqmodels.config import ModelConfig, to_dict
 from seqmodels.errors import InputError
 from seqmodels.heads import Model, build
@@ -78,19 +78,33 @@ class TrainingConfig:
     "Where to train."
     num_workers: int = 0
     "Processes that prepare batches; 0 means the training process itself."
+    keep: Literal["best", "last"] = "best"
+    "Weights to export: those with the best validation loss, or the last ones."
     weights: Literal["float32", "bfloat16"] = "float32"
     "Number format of the weights in the exported model."
     resume: bool = False
     "Go on from the run folder's last checkpoint."
 
 
-def fit(config: ModelConfig, data: TrainingData, training: TrainingConfig, run: Path, *, card: str = "") -> Path:
-    """Train a model and return the folder run/model of the weights with the best validation loss.
+def fit(
+    config: ModelConfig,
+    data: TrainingData,
+    training: TrainingConfig,
+    run: Path,
+    *,
+    card: str = "",
+    start_from: str | None = None,
+) -> Path:
+    """Train a model and return the folder run/model of the weights with the best validation loss (or the last).
+
+    `start_from` is a checkpoint (name or folder) whose tensors are taken over where name and shape agree.
 
     The run folder also holds run.json (both configurations), logs/ (CSV and TensorBoard) and checkpoints/.
     """
     last = _prepare_run(config, training, run)
     model = build(config, seed=training.seed)
+    if start_from is not None and last is None:
+        _take_over(model, start_from)
     task = _Task(model, data, training)
     kept: dict[str, Any] = {"dirpath": run / "checkpoints", "enable_version_counter": False}
     checkpoints = [
@@ -124,9 +138,11 @@ def fit(config: ModelConfig, data: TrainingData, training: TrainingConfig, run: 
         if trainer.accelerator.auto_device_count() and trainer.strategy.root_device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         trainer.fit(task, ckpt_path=last, weights_only=True if last else None)
-    best = torch.load(run / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
+    kept_weights = torch.load(run / "checkpoints" / f"{training.keep}.ckpt", map_location="cpu", weights_only=True)
     prefix = "model."
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in best["state_dict"].items() if k.startswith(prefix)})
+    model.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in kept_weights["state_dict"].items() if k.startswith(prefix)}
+    )
     return save(model, run / "model", card=card or None, dtype=getattr(torch, training.weights))
 
 
@@ -146,6 +162,18 @@ def _prepare_run(config: ModelConfig, training: TrainingConfig, run: Path) -> Pa
     except OSError as error:
         raise InputError(f"{run}: cannot write the run folder ({error.strerror}); choose another one") from None
     return last if last.exists() else None
+
+
+def _take_over(model: Model, start_from: str) -> None:
+    tensors, taken = read_tensors(resolve(start_from)), []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in tensors and tensors[name].shape == parameter.shape:
+                parameter.copy_(tensors[name])
+                taken.append(name)
+    if not taken:
+        raise InputError(f"{start_from}: no tensor of this checkpoint fits the new model; check the sizes of both")
+    print(f"took {len(taken)} of {len(tensors)} tensors from {start_from}", file=sys.stderr)
 
 
 def _settings(training: TrainingConfig) -> dict[str, Any]:

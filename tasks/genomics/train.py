@@ -33,8 +33,9 @@ def train(
     kmer: int = 0,
     kmer_width: int = 16,
     dropout: float = 0.0,
-    pool: Literal["last", "mean", "max"] = "mean",
+    pool: Literal["last", "mean", "sqrt", "max"] = "mean",
     supervise_every: int = 0,
+    start_from: str | None = None,
     training: TrainingConfig = TrainingConfig(),  # noqa: B008  # frozen
 ) -> int:
     """Train a classifier of DNA sequences and write it to the folder RUN/model.
@@ -66,9 +67,11 @@ def train(
         kmer: Also embed the last so many bases as one word, through a table of 4**kmer words; 0 means no such table.
         kmer_width: Width of that table.
         dropout: Dropout, in the layers and before the classifier.
-        pool: How the positions of a sequence are summarised.
-        supervise_every: With pool mean: also learn from what was read after every so many bases, so that long windows
-            teach every shorter length too; 0 means from the whole window only.
+        pool: How the positions of a sequence are summarised: the last, mean or max, or sqrt for the sum divided by the
+            square root of the length, under which evidence from long sequences adds up.
+        supervise_every: With pool mean or sqrt: also learn from what was read after every so many bases, so that long
+            windows teach every shorter length too; 0 means from the whole window only.
+        start_from: A model (name or folder) whose weights are taken over where name and shape agree; the rest is new.
         training: Steps, learning rate and so on.
 
     Returns:
@@ -105,7 +108,7 @@ def train(
     bases = sum(len(tokens) for tokens in records.tokens)
     print(f"{len(records.names)} records, {bases} bases, {len(records.classes)} classes, {what}", file=sys.stderr)
     card = _card(data, records.classes, what, reverse_complement, bases, training)
-    model = fit(config, served, training, run, card=card)
+    model = fit(config, served, training, run, card=card, start_from=start_from)
     print(model)
     return 0
 

@@ -18,7 +18,7 @@ def classifier(pool, bidirectional=False, **head):
     return seqmodels.build(ModelConfig(vocab_size=11, backbone=backbone, head=head), seed=0).double().eval()
 
 
-@pytest.mark.parametrize("pool", ["last", "mean", "max"])
+@pytest.mark.parametrize("pool", ["last", "mean", "sqrt", "max"])
 @torch.no_grad()
 def test_a_sequence_read_in_chunks_gets_the_label_of_one_pass(pool):
     model, ids = classifier(pool), torch.randint(0, 11, (2, 50))
@@ -29,7 +29,7 @@ def test_a_sequence_read_in_chunks_gets_the_label_of_one_pass(pool):
     torch.testing.assert_close(model.classify(state), model(ids, lengths=lengths), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("pool", ["last", "mean", "max"])
+@pytest.mark.parametrize("pool", ["last", "mean", "sqrt", "max"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @torch.no_grad()
 def test_padding_and_neighbours_change_no_label(pool, bidirectional):
@@ -46,8 +46,9 @@ def test_a_bidirectional_classifier_says_that_it_cannot_read_in_chunks():
         classifier("mean", bidirectional=True).read(torch.zeros(1, 4, dtype=torch.long))
 
 
-def test_supervised_prefixes_average_the_loss_over_every_length_read():
-    model = classifier("mean", supervise_every=8)
+@pytest.mark.parametrize("pool", ["mean", "sqrt"])
+def test_supervised_prefixes_average_the_loss_over_every_length_read(pool):
+    model = classifier(pool, supervise_every=8)
     ids, targets = torch.randint(0, 11, (2, 30)), torch.tensor([2, 0])
     lengths = torch.tensor([30, 17])
     prefixes = [(0, n) for n in (8, 16, 24, 30)] + [(1, n) for n in (8, 16, 17)]

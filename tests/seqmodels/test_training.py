@@ -108,6 +108,17 @@ def test_a_killed_run_resumes_to_the_same_weights_to_the_bit(tmp_path):
     torch.testing.assert_close(best[0], best[1], rtol=0, atol=0)
 
 
+def test_the_last_weights_are_exported_on_request(tmp_path):
+    training = dataclasses.replace(TRAINING, max_steps=8, learning_rate=1.0, warmup=0.0, ema_decay=0.0)
+    exported = {}
+    for keep in ("best", "last"):
+        run = tmp_path / keep
+        folder = fit(CONFIG, Cycles(), dataclasses.replace(training, keep=keep), run)
+        exported[keep] = load_file(folder / "model.safetensors")
+        want = torch.load(run / "checkpoints" / f"{keep}.ckpt", weights_only=True)["state_dict"]
+        assert all(torch.equal(tensor, want[f"model.{name}"]) for name, tensor in exported[keep].items())
+
+
 def test_early_stopping_ends_a_run_that_no_longer_improves(tmp_path):
     training = dataclasses.replace(TRAINING, max_steps=400, patience=2, learning_rate=0.0, ema_decay=0.0)
     fit(CONFIG, Cycles(), training, tmp_path / "run")
