@@ -1,7 +1,7 @@
 # demo: the two jobs with the shipped models; test: the tests; lint: the linters. All in .venv, made when missing.
 PYTHON ?= python3
 RUN := .venv/bin
-export LONGSEQ_DATA
+
 
 .PHONY: demo test lint bench clean
 
@@ -14,7 +14,6 @@ test: .venv/tested
 lint: .venv/tested
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/basedpyright --warnings
 
 bench: .venv/tested
 	cd benchmarks && ../$(RUN)/python kernels_cpu.py && ../$(RUN)/python fasta.py
