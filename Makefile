@@ -22,11 +22,11 @@ bench: .venv/tested
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(RUN)/python -m pip install -qq --disable-pip-version-check --editable .
 	touch $@
 
 .venv/tested: pyproject.toml | .venv/bin/python
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	$(RUN)/python -m pip install -qq --disable-pip-version-check --editable ".[test]"
 	touch $@ .venv/installed
 
 clean:

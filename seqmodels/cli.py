@@ -125,7 +125,7 @@ class _Parser(ArgumentParser):
         text = re.sub(r"--[a-z_.]+", lambda match: match[0].replace("_", "-"), super().format_help())
         for name, short in self.short.items():
             text = re.sub(rf"(?m)^(  ){name}\b", rf"\1{short}, {name}", text)
-        text = re.sub(r"<class '(\w+)'>", r"\1", text)
+        text = re.sub(r"<class\s+'(\w+)'>", r"\1", text)
         return re.sub(r"(--[a-z.-]+) \{true,false\}", r"\1", text)
 
 
