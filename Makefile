@@ -16,7 +16,7 @@ lint: .venv/tested
 	$(RUN)/ruff format --check .
 
 bench: .venv/tested
-	cd benchmarks && ../$(RUN)/python kernels_cpu.py && ../$(RUN)/python fasta.py
+	cd benchmarks && ../$(RUN)/python kernels_cpu.py && ../$(RUN)/python fasta.py && ../$(RUN)/python classify.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
