@@ -5,9 +5,6 @@ is ever unpickled: `pytorch_model.bin` is read with torch's weights_only loader.
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from seqmodels.config import from_dict, to_dict
 from seqmodels.errors import InputError
+from seqmodels.files import make_folder, replacing, write_json
 from seqmodels.heads import LanguageModel, Model, PositionClassifier, SequenceClassifier, build
 
 FORMAT = "longseq-1"
@@ -27,17 +25,12 @@ SHIPPED = Path(__file__).parent / "checkpoints"
 def save(model: Model, folder: str | Path, *, card: str | None = None, dtype: torch.dtype | None = None) -> Path:
     """Write a model's folder, file by file and each at once; floating-point weights in `dtype` if given."""
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"format": FORMAT, "model": to_dict(model.config)}, indent=2)
-        replace(folder / "config.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
-        if card is not None:
-            replace(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
-        write_tensors(folder / "model.safetensors", unshared(model, dtype))
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot write the checkpoint ({error.strerror or error}); choose another folder"
-        ) from None
+    make_folder(folder)
+    write_json(folder / "config.json", {"format": FORMAT, "model": to_dict(model.config)})
+    if card is not None:
+        with replacing(folder / "README.md") as temporary:
+            temporary.write_text(card, encoding="utf-8")
+    write_tensors(folder / "model.safetensors", unshared(model, dtype))
     return folder
 
 
@@ -150,18 +143,6 @@ def fill(model: Model, tensors: dict[str, Tensor], source: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, at once."""
-    replace(path, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write to a temporary name beside `path`, then rename: no reader ever sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """A safetensors file."""
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})

@@ -3,16 +3,16 @@
 What these formats can say and our models cannot do is refused, naming the field.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from seqmodels.checkpoint import read_tensors, replace, unshared, write_tensors
+from seqmodels.checkpoint import read_tensors, unshared, write_tensors
 from seqmodels.config import BackboneConfig, HeadConfig, Mamba2Config, MambaConfig, ModelConfig
 from seqmodels.errors import InputError
+from seqmodels.files import make_folder, write_json
 from seqmodels.heads import LanguageModel
 
 
@@ -164,9 +164,9 @@ def _whole(value: Any, field: str, where: Path) -> int:
 def save_huggingface(model: LanguageModel, folder: str | Path) -> Path:
     """Write a Mamba or Mamba-2 language model so that transformers' AutoModelForCausalLM reads it."""
     folder, values = Path(folder), _to_huggingface(model)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tensors = {n.replace("backbone.embedding.", "backbone.embeddings."): t for n, t in unshared(model).items()}
-    replace(folder / "config.json", lambda path: path.write_text(json.dumps(values, indent=2), encoding="utf-8"))
+    write_json(folder / "config.json", values)
     write_tensors(folder / "model.safetensors", tensors)
     return folder
 

@@ -26,9 +26,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from seqmodels.checkpoint import read_tensors, replace, resolve, save
+from seqmodels.checkpoint import read_json, read_tensors, resolve, save
 from seqmodels.config import ModelConfig, to_dict
 from seqmodels.errors import InputError
+from seqmodels.files import make_folder, write_json
 from seqmodels.heads import Model, build
 
 Batch = dict[str, Tensor]
@@ -148,19 +149,14 @@ def fit(
 
 def _prepare_run(config: ModelConfig, training: TrainingConfig, run: Path) -> Path | None:
     """Create the run folder, or check that the one to resume was started the same way; its last checkpoint if any."""
-    say = json.dumps({"model": to_dict(config), "training": _settings(training)}, indent=2) + "\n"
+    settings = {"model": to_dict(config), "training": _settings(training)}
     record, last = run / "run.json", run / "checkpoints" / "last.ckpt"
     if record.exists() and not training.resume:
-        raise InputError(
-            f"{run}: a run is already here; resume it with --training.resume=true or choose another folder"
-        )
-    if record.exists() and json.loads(record.read_text()) != json.loads(say):
+        raise InputError(f"{run}: a run is already here; resume it with --training.resume or choose another folder")
+    if record.exists() and read_json(record) != json.loads(json.dumps(settings)):
         raise InputError(f"{run}: this run was started with other settings (run.json); repeat them to resume it")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        replace(record, lambda path: path.write_text(say))
-    except OSError as error:
-        raise InputError(f"{run}: cannot write the run folder ({error.strerror}); choose another one") from None
+    make_folder(run)
+    write_json(record, settings)
     return last if last.exists() else None
 
 

@@ -1,13 +1,11 @@
 """The commands `longseq audio train|generate|evaluate`: each function's signature is its flags."""
 
-import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from seqmodels.errors import InputError
+from seqmodels.files import replacing, write_json
 
 
 def __getattr__(name: str) -> Any:
@@ -126,7 +124,8 @@ def _write_item(path: Path, made: Any, item: int, heard: Any, picture: bool, fac
     write_json(path.with_suffix(".json"), facts)
     if picture:
         title = ", ".join([*facts["labels"].values(), f"seed {facts['seed']}"])
-        _replace(path.with_suffix(".png"), lambda file: draw_picture(file, samples, made.sample_rate, title, start))
+        with replacing(path.with_suffix(".png")) as file:
+            draw_picture(file, samples, made.sample_rate, title, start)
 
 
 def evaluate(
@@ -226,22 +225,6 @@ def weights_sha256(model: str) -> str | None:
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    _replace(path, lambda file: file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8"))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _device(name: str) -> str:

@@ -1,7 +1,5 @@
 """`longseq dna evaluate`: metrics with intervals, of a model on labelled data or of a table of predictions."""
 
-import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +10,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from seqmodels.errors import InputError
+from seqmodels.files import write_json
 from seqmodels.tasks.genomics.datasets import Stretch, parse_lengths, spaced_windows
 from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits, probabilities
 from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, read_labels, read_table
 from seqmodels.tasks.genomics.metrics import METRICS, evaluate_scores
-from seqmodels.tasks.genomics.table import aligned, check_writable, open_atomically
+from seqmodels.tasks.genomics.table import aligned, check_writable
 from seqmodels.tasks.genomics.tokens import Tokens
 
 _TABLES = (".tsv", ".tsv.gz", ".txt", ".csv", ".csv.gz", ".jsonl", ".parquet")
@@ -90,7 +89,7 @@ def evaluate(
     if output is not None:
         settings = {"split": split, "windows": windows, "overlap": overlap, "resamples": resamples, "seed": seed}
         report = {"source": source, "data": str(data) if data else None, "labels": str(labels) if labels else None}
-        _write_json(output, {**report, **settings, "classes": list(classes), "results": results})
+        write_json(output, {**report, **settings, "classes": list(classes), "results": results})
     return 0
 
 
@@ -198,16 +197,3 @@ def _shown(result: dict[str, Any], classes: tuple[str, ...]) -> str:
             aligned(confusion, ["true \\ predicted", *classes]),
         ]
     )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary, descriptor = open_atomically(path)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; make room or give another place") from None
-    finally:
-        temporary.unlink(missing_ok=True)
