@@ -40,10 +40,13 @@ def train(
 ) -> int:
     """Train a classifier of DNA sequences and write it to the folder RUN/model.
 
-    For the species of enterobacteria (five training chromosomes, three window lengths):
+    The shipped model of enterobacteria was made in two runs: 8-mers alone, then with two Mamba-2 layers on top (its
+    model card has every flag):
 
-        longseq dna train genomes/enterobacteria runs/enterobacteria --window 1024,8192,65536
-            --batch-tokens 262144 --training.max-steps 4000 --training.precision bf16
+        longseq dna train genomes/enterobacteria runs/words --window 1024 --n-layer 0 --kmer 8 --pool sqrt
+            --training.keep last
+        longseq dna train genomes/enterobacteria runs/enterobacteria --window 1024,4096 --n-layer 2 --kmer 8
+            --pool sqrt --start-from runs/words/model --training.keep last
 
     Validation data are cut from the training data: a part of the records of each class, or of each long record a
     contiguous stretch that no training window touches.
