@@ -62,6 +62,18 @@ def load(
     return model.to(device=device, dtype=dtype or torch.float32).eval()
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of that name; 'auto' is the GPU if there is one. An InputError if it cannot be used here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(
+            f"device {name!r} is not available here; use auto, cpu, or cuda where there is a GPU"
+        ) from None
+
+
 def resolve(path_or_name: str | Path) -> Path:
     """The folder of a shipped checkpoint, of a path, or of a Hub repository (downloaded once, never its code)."""
     for folder in (Path(path_or_name), SHIPPED / str(path_or_name)):

@@ -22,7 +22,7 @@ COMMANDS = {
     "audio": {
         "generate": "seqmodels.tasks.audio.commands",
         "evaluate": "seqmodels.tasks.audio.commands",
-        "train": "seqmodels.tasks.audio.commands",
+        "train": "seqmodels.tasks.audio.train",
     },
 }
 

@@ -1,4 +1,4 @@
-"""The commands `longseq audio train|generate|evaluate`: each function's signature is its flags."""
+"""The commands `longseq audio generate|evaluate`: each function's signature is its flags."""
 
 import sys
 from pathlib import Path
@@ -6,14 +6,6 @@ from typing import Any
 
 from seqmodels.errors import InputError
 from seqmodels.files import replacing, write_json
-
-
-def __getattr__(name: str) -> Any:
-    if name == "train":  # imported when it is asked for: training needs Lightning
-        from seqmodels.tasks.audio.train import train
-
-        return train
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def generate(
@@ -57,12 +49,13 @@ def generate(
     """
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
     import seqmodels
+    from seqmodels.checkpoint import choose_device
     from seqmodels.tasks.audio.generate import Sampling, prompt_labels
     from seqmodels.tasks.audio.generate import generate as generate_sound
     from seqmodels.tasks.audio.waveform import check_writable, mu_law_of, read_audio, resample
 
     sampling = Sampling(temperature, top_k, top_p)
-    network = seqmodels.load(model, device=_device(device))
+    network = seqmodels.load(model, device=choose_device(device))
     rate = mu_law_of(network.config.tokenizer).sample_rate
     output = Path(output)
     check_writable(output, rate)
@@ -162,6 +155,7 @@ def evaluate(
     import numpy as np
 
     import seqmodels
+    from seqmodels.checkpoint import choose_device
     from seqmodels.tasks.audio.datasets import tokenise
     from seqmodels.tasks.audio.evaluate import as_table, report, score
     from seqmodels.tasks.audio.tables import match_conditions, open_recordings, split_rows, test_rule
@@ -169,7 +163,7 @@ def evaluate(
 
     if output is not None and not output.parent.is_dir():
         raise InputError(f"{output}: there is no folder {output.parent}; create it first")
-    network = seqmodels.load(model, device=_device(device))
+    network = seqmodels.load(model, device=choose_device(device))
     mu_law = mu_law_of(network.config.tokenizer)
     recordings = open_recordings(data, table)
     if split == "all":
@@ -225,18 +219,6 @@ def weights_sha256(model: str) -> str | None:
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"device {name!r} is not available here; use cpu or auto") from None
-    return name
 
 
 def _progress(total: int, unit: str) -> Any:

@@ -8,24 +8,12 @@ import torch
 from numpy.typing import NDArray
 
 import seqmodels
+from seqmodels.checkpoint import choose_device
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.tokens import Tokens, pad_right
 
 Logits = NDArray[np.float32]
 Dtype = Literal["float32", "bfloat16"]
-
-
-def choose_device(device: str) -> torch.device:
-    """The device of that name; 'auto' is the GPU if there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:1") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} was asked for, but PyTorch sees no GPU here; use --device cpu")
-    return chosen
 
 
 class Classifier:
