@@ -1,9 +1,10 @@
-# demo: the two jobs with the shipped models; test: the tests; lint: the linters. All in .venv, made when missing.
+# demo: the two jobs with the shipped models; test: the tests; lint: the linters; bench: timings. test-gpu and bench-gpu:
+# those that need an NVIDIA GPU. All in .venv, made when missing.
 PYTHON ?= python3
 RUN := .venv/bin
 
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-gpu lint bench bench-gpu clean
 
 demo: .venv/installed
 	$(RUN)/python examples/demo.py
@@ -11,12 +12,18 @@ demo: .venv/installed
 test: .venv/tested
 	$(RUN)/python -m pytest -q
 
+test-gpu: .venv/tested
+	$(RUN)/python -m pytest -q -m gpu -n 8 --dist loadgroup
+
 lint: .venv/tested
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 
 bench: .venv/tested
 	cd benchmarks && ../$(RUN)/python kernels_cpu.py && ../$(RUN)/python fasta.py && ../$(RUN)/python classify.py
+
+bench-gpu: .venv/tested
+	for op in ssd selective_scan causal_conv1d rms_norm layers decode; do $(RUN)/python benchmarks/$$op.py || exit; done
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
