@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqmodels.kernels.dispatch import triton_form
 from seqmodels.kernels.packing import starts_of_sequences
 
 _ELEMENTS_PER_PASS = 2**17  # what a pass over time handles together on a CPU: what fits the cache
@@ -157,8 +158,7 @@ class _Pass:
         return state.masked_fill(self.run[:, self.q :] != self.run[:, -1:], 0.0)
 
 
-@torch.library.custom_op("longseq::causal_conv1d", mutates_args=())
-def _conv(
+def _conv_in_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, run: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """y and the final state. run: (b, l), the sequence's number from 0 on, or None."""
@@ -170,18 +170,26 @@ def _conv(
     return y, one.in_last_sequence(one.inputs[:, one.q :]).to(x.dtype, copy=True)
 
 
+_conv = torch.library.custom_op("longseq::causal_conv1d", mutates_args=())(_conv_in_torch)
+
+
+@_conv.register_kernel("cuda")
+def _(x, weight, bias, initial_state, run, silu):
+    form = triton_form("causal_conv1d", x)
+    return (_conv_in_torch if form is None else form.forward)(x, weight, bias, initial_state, run, silu)
+
+
 @_conv.register_fake
 def _(x, weight, bias, initial_state, run, silu):
     b, _, d = x.shape
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(b, weight.shape[1] - 1, d)
 
 
-@torch.library.custom_op("longseq::causal_conv1d_backward", mutates_args=())
-def _conv_backward(
-    dy: Tensor, dfinal: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None,
+def _conv_backward_in_torch(
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None,
     run: Tensor | None, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight, bias and the initial state; the pre-activation is recomputed."""
+    """Gradients of x, weight, bias and the initial state (empty without one); the pre-activation is recomputed."""
     dtype, (b, _, d), k = _sum_dtype(x), x.shape, weight.shape[1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dtaps = torch.zeros(k, d, dtype=dtype, device=x.device)
@@ -190,7 +198,7 @@ def _conv_backward(
     for t0, t1 in reversed(_passes(x)):
         one = _Pass(x, weight, initial_state, run, t0, t1)
         if carried is None:
-            carried = one.in_last_sequence(dfinal.to(dtype))
+            carried = 0.0 if dfinal is None else one.in_last_sequence(dfinal.to(dtype))
         dsum = dy[:, t0:t1].to(dtype)
         if silu:
             dsum = torch.ops.aten.silu_backward(dsum, one.sums(bias))
@@ -202,25 +210,37 @@ def _conv_backward(
             dwindow[:, j : j + one.q].addcmul_(one.keep(dsum, j), one.taps[j])
         dx[:, t0:t1] = dwindow[:, k - 1 :]
         carried = dwindow[:, : k - 1]
-    return dx, dtaps.t().to(weight.dtype).contiguous(), dbias, carried.clone()
+    carried = carried.new_empty((0,)) if initial_state is None else carried.clone()
+    return dx, dtaps.t().to(weight.dtype).contiguous(), dbias, carried
+
+
+_conv_backward = torch.library.custom_op("longseq::causal_conv1d_backward", mutates_args=())(_conv_backward_in_torch)
+
+
+@_conv_backward.register_kernel("cuda")
+def _(dy, dfinal, x, weight, bias, initial_state, run, silu):
+    form = triton_form("causal_conv1d", x)
+    backward = _conv_backward_in_torch if form is None else form.backward
+    return backward(dy, dfinal, x, weight, bias, initial_state, run, silu)
 
 
 @_conv_backward.register_fake
 def _(dy, dfinal, x, weight, bias, initial_state, run, silu):
-    b, _, d = x.shape
-    wide = torch.empty(d, dtype=_sum_dtype(x), device=x.device)
+    wide = torch.empty(x.shape[2], dtype=_sum_dtype(x), device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
-    return dx, dweight, wide, wide.new_empty(b, weight.shape[1] - 1, d)
+    return dx, dweight, wide, wide.new_empty((0,) if initial_state is None else initial_state.shape)
 
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, initial_state, run, ctx.silu = inputs
     ctx.save_for_backward(x, weight, bias, initial_state, run)
+    ctx.set_materialize_grads(False)  # a final state that nobody uses has no gradient to add
 
 
 def _autograd(ctx, dy, dfinal):
     x, weight, bias, initial_state, run = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
     dx, dweight, dbias, dinitial = _conv_backward(dy, dfinal, x, weight, bias, initial_state, run, ctx.silu)
     return (
         dx, dweight, None if bias is None else dbias.to(bias.dtype),

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqmodels.kernels.dispatch import triton_form
+
 # What a pass over rows handles together on a CPU, in elements: what fits the cache. And up to how many elements the
 # operator's own overhead (some 30 microseconds) would show, as in a decoding step.
 _ELEMENTS_PER_PASS = 2**17
@@ -127,8 +129,7 @@ def _passes(x: Tensor) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-@torch.library.custom_op("longseq::rms_norm", mutates_args=())
-def _rms_norm(
+def _rms_norm_in_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, residual: Tensor | None, epsilon: float,
     norm_before_gate: bool, groups: int, residual_in_fp32: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -146,6 +147,18 @@ def _rms_norm(
     return y, total
 
 
+_rms_norm = torch.library.custom_op("longseq::rms_norm", mutates_args=())(_rms_norm_in_torch)
+
+
+@_rms_norm.register_kernel("cuda")
+def _(x, weight, bias, z, residual, epsilon, norm_before_gate, groups, residual_in_fp32):
+    form = triton_form("rms_norm", x)
+    if form is None:
+        return _rms_norm_in_torch(x, weight, bias, z, residual, epsilon, norm_before_gate, groups, residual_in_fp32)
+    dtype = _residual_dtype(x, residual_in_fp32)
+    return form.forward(x, weight, bias, z, residual, epsilon, norm_before_gate, groups, dtype)
+
+
 @_rms_norm.register_fake
 def _(x, weight, bias, z, residual, epsilon, norm_before_gate, groups, residual_in_fp32):
     shape = (0,) if residual is None else x.shape
@@ -153,25 +166,49 @@ def _(x, weight, bias, z, residual, epsilon, norm_before_gate, groups, residual_
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), total
 
 
-@torch.library.custom_op("longseq::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(
+def _rms_norm_backward_in_torch(
     dy: Tensor, dtotal: Tensor | None, v: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, epsilon: float,
-    norm_before_gate: bool, groups: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of v = x + residual (in the wider of its and dy's dtypes), weight, bias and z (empty without one)."""
-    dv = torch.empty(v.shape, dtype=torch.promote_types(v.dtype, dy.dtype), device=v.device)
-    dz = torch.empty((0,) if z is None else z.shape, dtype=dy.dtype if z is None else z.dtype, device=v.device)
-    dweight = torch.zeros_like(_wide(weight))
-    dbias = torch.zeros_like(dweight)
+    norm_before_gate: bool, groups: int, x_dtype: torch.dtype, residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, residual (empty if not asked for), weight, bias and z (empty without one); v is x + residual."""
+    dx, dresidual, dweight, dbias, dz = _empty_gradients(v, weight, z, x_dtype, residual_dtype)
+    sums = torch.zeros_like(_wide(weight)), torch.zeros_like(_wide(weight))
     for part in _passes(v):
-        dv_part = _gradient_of_rows(
+        dv = _gradient_of_rows(
             _rows(dy)[part], _rows(v)[part], weight, bias, None if z is None else _rows(z)[part], epsilon,
-            norm_before_gate, groups, dweight, dbias, None if z is None else _rows(dz)[part],
+            norm_before_gate, groups, *sums, None if z is None else _rows(dz)[part],
         )  # fmt: skip
         if dtotal is not None:
-            dv_part = dv_part + _rows(dtotal)[part]
-        _rows(dv)[part] = dv_part
-    return dv, dweight.to(weight.dtype), dbias.to(weight.dtype), dz
+            dv = dv + _rows(dtotal)[part]
+        _rows(dx)[part] = dv
+        if residual_dtype is not None:
+            _rows(dresidual)[part] = dv
+    return dx, dresidual, dweight.copy_(sums[0]), dbias.copy_(sums[1]), dz
+
+
+def _empty_gradients(
+    v: Tensor, weight: Tensor, z: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx = torch.empty(v.shape, dtype=x_dtype, device=v.device)
+    nothing = dx.new_empty((0,))
+    dresidual = nothing if residual_dtype is None else torch.empty_like(dx, dtype=residual_dtype)
+    dz = nothing.clone() if z is None else torch.empty_like(dx, dtype=z.dtype)
+    return dx, dresidual, torch.empty_like(weight), torch.empty_like(weight), dz
+
+
+_rms_norm_backward = torch.library.custom_op("longseq::rms_norm_backward", mutates_args=())(_rms_norm_backward_in_torch)
+
+
+@_rms_norm_backward.register_kernel("cuda")
+def _(dy, dtotal, v, weight, bias, z, epsilon, norm_before_gate, groups, x_dtype, residual_dtype):
+    arguments = dy, dtotal, v, weight, bias, z, epsilon, norm_before_gate, groups, x_dtype, residual_dtype
+    form = triton_form("rms_norm", v)
+    return _rms_norm_backward_in_torch(*arguments) if form is None else form.backward(*arguments)
+
+
+@_rms_norm_backward.register_fake
+def _(dy, dtotal, v, weight, bias, z, epsilon, norm_before_gate, groups, x_dtype, residual_dtype):
+    return _empty_gradients(v, weight, z, x_dtype, residual_dtype)
 
 
 def _gradient_of_rows(dy, v, weight, bias, z, epsilon, norm_before_gate, groups, dweight, dbias, dz) -> Tensor:
@@ -201,29 +238,25 @@ def _gradient_of_rows(dy, v, weight, bias, z, epsilon, norm_before_gate, groups,
     return du * silu
 
 
-@_rms_norm_backward.register_fake
-def _(dy, dtotal, v, weight, bias, z, epsilon, norm_before_gate, groups):
-    dv = torch.empty(v.shape, dtype=torch.promote_types(v.dtype, dy.dtype), device=v.device)
-    dz = torch.empty((0,) if z is None else z.shape, dtype=dy.dtype if z is None else z.dtype, device=v.device)
-    return dv, torch.empty_like(weight), torch.empty_like(weight), dz
-
-
 def _setup_context(ctx, inputs, output):
     x, weight, bias, z, residual, ctx.epsilon, ctx.norm_before_gate, ctx.groups, _ = inputs
-    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+    ctx.x_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
     ctx.save_for_backward(x if residual is None else output[1], weight, bias, z)
+    ctx.set_materialize_grads(False)  # a sum that nobody uses has no gradient to add
 
 
 def _autograd(ctx, dy, dtotal):
     v, weight, bias, z = ctx.saved_tensors
-    x_dtype, residual_dtype = ctx.dtypes
-    dv, dweight, dbias, dz = _rms_norm_backward(
-        dy, None if residual_dtype is None else dtotal, v, weight, bias, z, ctx.epsilon, ctx.norm_before_gate,
-        ctx.groups,
+    if dy is None:
+        dy = torch.zeros(v.shape, dtype=ctx.x_dtype, device=v.device)
+    alike = ctx.residual_dtype in (None, ctx.x_dtype)  # then x and residual have one gradient
+    dx, dresidual, dweight, dbias, dz = _rms_norm_backward(
+        dy, None if ctx.residual_dtype is None else dtotal, v, weight, bias, z, ctx.epsilon, ctx.norm_before_gate,
+        ctx.groups, ctx.x_dtype, None if alike else ctx.residual_dtype,
     )  # fmt: skip
     return (
-        dv.to(x_dtype), dweight, None if bias is None else dbias.to(bias.dtype), None if z is None else dz,
-        None if residual_dtype is None else dv.to(residual_dtype), None, None, None, None,
+        dx, dweight, None if bias is None else dbias.to(bias.dtype), None if z is None else dz,
+        None if ctx.residual_dtype is None else dx if alike else dresidual, None, None, None, None,
     )  # fmt: skip
 
 

@@ -1,0 +1,312 @@
+"""Triton form of the causal convolution for GPUs. causal_conv1d.py says what it computes; letters are the same.
+
+Both directions walk down the rows. A program takes a block of channels of STRETCHES stretches of steps, over all
+sequences of the batch, and goes through them side by side; the last k-1 inputs stay in registers, so that x is read
+once, and the backward pass also keeps the k-1 unfinished rows of dx. A stretch reads k-1 rows more at each end.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _silu_and_slope(s):
+    """silu(s) and its derivative."""
+    sigmoid = 1.0 / (1.0 + tl.exp2(s * -1.4426950408889634))
+    y = s * sigmoid
+    return y, sigmoid * (1.0 + s - y)
+
+
+@triton.jit
+def _row(x_ptr, initial_ptr, t, l, x_l, batch, channel, K: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr):
+    """Inputs of steps t, one per stretch: (STRETCHES, BLOCK), zero outside of the sequence and its initial state."""
+    inside = channel < D
+    offset = (t.to(tl.int64) * x_l * UNIT)[:, None] + channel
+    value = tl.load(x_ptr + offset, mask=((t >= 0) & (t < l))[:, None] & inside, other=0.0).to(tl.float32)
+    if initial_ptr is not None:
+        before = (t < 0) & (t > -K)
+        offset = ((batch * (K - 1) + t + K - 1) * D)[:, None] + channel
+        value += tl.load(initial_ptr + offset, mask=before[:, None] & inside, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _run(run_ptr, t, l, batch):
+    """Numbers of the steps' sequences; steps before the first belong to number 0."""
+    return tl.load(run_ptr + batch * l + t, mask=(t >= 0) & (t < l), other=0)
+
+
+@triton.jit
+def _taps(weight_ptr, channel, K: tl.constexpr, D: tl.constexpr):
+    taps = ()
+    for j in tl.static_range(K):
+        taps += (tl.load(weight_ptr + channel * K + j, mask=channel < D, other=0.0).to(tl.float32),)
+    return taps
+
+
+@triton.jit(do_not_specialize=["b", "l", "x_b", "x_l", "steps"])
+def _forward(
+    x_ptr, weight_ptr, bias_ptr, initial_ptr, run_ptr, y_ptr, final_ptr, b, l, x_b, x_l, steps,
+    D: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr,
+    STRETCHES: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
+    per_sequence = (l + steps - 1) // steps
+    stretch = tl.program_id(0) // blocks * STRETCHES + tl.arange(0, STRETCHES)
+    batch = (stretch // per_sequence).to(tl.int64)
+    start = stretch % per_sequence * steps
+    bound = tl.where(batch < b, tl.minimum(start + steps, l), 0)  # beyond the batch nothing is read or written
+    limit = tl.where(batch < b, l, 0)
+    batch = tl.minimum(batch, b - 1)
+    channel = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = channel < D
+    x_ptr += (batch * x_b * UNIT)[:, None]
+    y_ptr += (batch * l * D)[:, None]
+
+    taps = _taps(weight_ptr, channel, K, D)
+    past, runs = (), ()
+    for i in tl.static_range(1, K):
+        past += (_row(x_ptr, initial_ptr, start - K + i, limit, x_l, batch, channel, K, D, UNIT),)
+        if run_ptr is not None:
+            runs += (_run(run_ptr, start - K + i, l, batch),)
+    bias = tl.zeros([1, BLOCK], tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+
+    for first in range(0, steps, UNROLL):
+        rows = ()
+        for i in tl.static_range(UNROLL):
+            rows += (_row(x_ptr, None, start + first + i, bound, x_l, batch, channel, K, D, UNIT),)
+        for i in tl.static_range(UNROLL):
+            t = start + first + i
+            window = past
+            window += (rows[i],)
+            total = bias + taps[K - 1] * rows[i]
+            if run_ptr is None:
+                for j in tl.static_range(K - 1):
+                    total += taps[j] * window[j]
+            else:
+                numbers = runs
+                numbers += (_run(run_ptr, t, l, batch),)
+                for j in tl.static_range(K - 1):
+                    total += taps[j] * tl.where((numbers[j] == numbers[K - 1])[:, None], window[j], 0.0)
+                runs = numbers[1:]
+            past = window[1:]
+            if SILU:
+                total, _ = _silu_and_slope(total)
+            offset = (t.to(tl.int64) * D)[:, None] + channel
+            tl.store(y_ptr + offset, total.to(y_ptr.dtype.element_ty), mask=(t < bound)[:, None] & inside)
+
+    for m in tl.static_range(K - 1):  # the stretch with the last step writes the final state
+        t = l - (K - 1) + m + tl.zeros_like(start)
+        value = _row(x_ptr, initial_ptr, t, limit, x_l, batch, channel, K, D, UNIT)
+        if run_ptr is not None:
+            same = _run(run_ptr, t, l, batch) == _run(run_ptr, l - 1 + tl.zeros_like(t), l, batch)
+            value = tl.where(same[:, None], value, 0.0)
+        offset = ((batch * (K - 1) + m) * D)[:, None] + channel
+        tl.store(final_ptr + offset, value.to(final_ptr.dtype.element_ty), mask=(bound == l)[:, None] & inside)
+
+
+@triton.jit
+def _walk(
+    x_ptr, dy_ptr, run_ptr, dfinal_ptr, dx_ptr, dinitial_ptr, t, start, bound, limit, l, x_l, dy_l, dx_l, batch,
+    channel, taps, bias, past, unfinished, runs, dtaps, dbias, OWN: tl.constexpr, STEPS: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr, UNIT_DY: tl.constexpr,
+    UNIT_DX: tl.constexpr,
+):  # fmt: skip
+    """STEPS steps from t on of the backward pass; if not OWN, without their part of the gradients of the parameters."""
+    inside = channel < D
+    rows, gradients = (), ()
+    for i in tl.static_range(STEPS):
+        rows += (_row(x_ptr, None, t + i, limit, x_l, batch, channel, K, D, UNIT),)
+        gradients += (_row(dy_ptr, None, t + i, limit, dy_l, batch, channel, K, D, UNIT_DY),)
+    for i in tl.static_range(STEPS):
+        window, dsum = past, gradients[i]
+        window += (rows[i],)
+        if run_ptr is not None:
+            numbers = runs
+            numbers += (_run(run_ptr, t + i, limit, batch),)
+            seen = ()
+            for j in tl.static_range(K - 1):
+                seen += (tl.where((numbers[j] == numbers[K - 1])[:, None], window[j], 0.0),)
+            seen += (rows[i],)
+        else:
+            seen = window
+        if SILU:
+            total = bias
+            for j in tl.static_range(K):
+                total += taps[j] * seen[j]
+            _, slope = _silu_and_slope(total)
+            dsum *= slope
+        if OWN:
+            dbias += dsum
+            added = ()
+            for j in tl.static_range(K):
+                added += (dtaps[j] + dsum * seen[j],)
+            dtaps = added
+        due = ()
+        for j in tl.static_range(K):
+            part = taps[j] * dsum
+            if j < K - 1:
+                if run_ptr is not None:
+                    part = tl.where((numbers[j] == numbers[K - 1])[:, None], part, 0.0)
+                part += unfinished[j]
+            due += (part,)
+        past, unfinished = window[1:], due[1:]
+        if run_ptr is not None:
+            runs = numbers[1:]
+
+        r = t + i - (K - 1)  # the row of dx that this step finishes
+        done = due[0]
+        if dfinal_ptr is not None:
+            given = (r >= l - (K - 1)) & (r < limit)
+            if run_ptr is not None:
+                given &= _run(run_ptr, r, limit, batch) == _run(run_ptr, l - 1 + tl.zeros_like(r), limit, batch)
+            offset = ((batch * (K - 1) + r - l + K - 1) * D)[:, None] + channel
+            done += tl.load(dfinal_ptr + offset, mask=given[:, None] & inside, other=0.0).to(tl.float32)
+        offset = (r.to(tl.int64) * dx_l * UNIT_DX)[:, None] + channel
+        mask = ((r >= start) & (r < bound))[:, None] & inside
+        tl.store(dx_ptr + offset, done.to(dx_ptr.dtype.element_ty), mask=mask)
+        if dinitial_ptr is not None:
+            offset = ((batch * (K - 1) + r + K - 1) * D)[:, None] + channel
+            mask = ((r < 0) & (start == 0) & (limit > 0))[:, None] & inside
+            tl.store(dinitial_ptr + offset, done, mask=mask)
+    return past, unfinished, runs, dtaps, dbias
+
+
+@triton.jit(do_not_specialize=["b", "l", "x_b", "x_l", "dy_b", "dy_l", "dx_b", "dx_l", "steps"])
+def _backward(
+    x_ptr, weight_ptr, bias_ptr, initial_ptr, run_ptr, dy_ptr, dfinal_ptr, dx_ptr, dinitial_ptr, parts_ptr,
+    b, l, x_b, x_l, dy_b, dy_l, dx_b, dx_l, steps,
+    D: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr, UNIT_DY: tl.constexpr,
+    UNIT_DX: tl.constexpr, STRETCHES: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
+    per_sequence = (l + steps - 1) // steps
+    stretch = tl.program_id(0) // blocks * STRETCHES + tl.arange(0, STRETCHES)
+    batch = (stretch // per_sequence).to(tl.int64)
+    start = stretch % per_sequence * steps
+    limit = tl.where(batch < b, l, 0)  # beyond the batch nothing is read or written
+    bound = tl.minimum(start + steps, limit)
+    batch = tl.minimum(batch, b - 1)
+    channel = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = channel < D
+    x_ptr += (batch * x_b * UNIT)[:, None]
+    dy_ptr += (batch * dy_b * UNIT_DY)[:, None]
+    dx_ptr += (batch * dx_b * UNIT_DX)[:, None]
+
+    taps = _taps(weight_ptr, channel, K, D)
+    zero = tl.zeros([STRETCHES, BLOCK], tl.float32)
+    bias, dbias = zero, zero
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    past, unfinished, runs, dtaps = (), (), (), (zero,)
+    for i in tl.static_range(1, K):
+        past += (_row(x_ptr, initial_ptr, start - K + i, limit, x_l, batch, channel, K, D, UNIT),)
+        unfinished += (zero,)
+        dtaps += (zero,)
+        if run_ptr is not None:
+            runs += (_run(run_ptr, start - K + i, limit, batch),)
+
+    for first in range(0, steps, UNROLL):
+        past, unfinished, runs, dtaps, dbias = _walk(
+            x_ptr, dy_ptr, run_ptr, dfinal_ptr, dx_ptr, dinitial_ptr, start + first, start, bound, limit, l, x_l, dy_l,
+            dx_l, batch, channel, taps, bias, past, unfinished, runs, dtaps, dbias, True, UNROLL,
+            D, K, SILU, UNIT, UNIT_DY, UNIT_DX,
+        )  # fmt: skip
+    _walk(  # the next stretch's first steps finish the last rows of dx
+        x_ptr, dy_ptr, run_ptr, dfinal_ptr, dx_ptr, dinitial_ptr, start + steps, start, bound, limit, l, x_l, dy_l,
+        dx_l, batch, channel, taps, bias, past, unfinished, runs, dtaps, dbias, False, K - 1,
+        D, K, SILU, UNIT, UNIT_DY, UNIT_DX,
+    )  # fmt: skip
+
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    parts_ptr += (tl.program_id(0) // blocks).to(tl.int64) * (K + 1) * D + column
+    for j in tl.static_range(K):
+        tl.store(parts_ptr + j * D, tl.sum(dtaps[j], 0), mask=column < D)
+    tl.store(parts_ptr + K * D, tl.sum(dbias, 0), mask=column < D)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _add_parts(
+    parts_ptr, dweight_ptr, dbias_ptr, parts, D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, parts, ROWS):
+        offset = (first + row).to(tl.int64)[:, None] * ((K + 1) * D) + column[None, :]
+        mask = (first + row < parts)[:, None] & (column < (K + 1) * D)[None, :]
+        total += tl.load(parts_ptr + offset, mask=mask, other=0.0)
+    total = tl.sum(total, 0)
+    j, channel = column // D, column % D
+    tl.store(dweight_ptr + channel * K + j, total.to(dweight_ptr.dtype.element_ty), mask=j < K)
+    tl.store(dbias_ptr + channel, total, mask=j == K)
+
+
+def _rows_apart(x: Tensor) -> Tensor:
+    """x (b, l, d), or its copy if its channels are not adjacent."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def _unit(x: Tensor) -> int:
+    """What divides both strides, up to 8 (16 bytes of narrow numbers): the compiler may load so many at once."""
+    return math.gcd(8, x.stride(0), x.stride(1))
+
+
+def _steps(b: int, l: int, unroll: int) -> int:
+    return min(128, triton.cdiv(l, unroll) * unroll)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, run: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """y (b, l, d) and the final state (b, k-1, d), as in causal_conv1d.py; x may have any strides over b and l."""
+    (b, l, d), k = x.shape, weight.shape[1]
+    x, weight = _rows_apart(x), weight.contiguous()
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    run = None if run is None else run.contiguous()
+    y = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
+    final = torch.empty((b, k - 1, d), dtype=x.dtype, device=x.device)
+    stretches, block, unroll, unit = 16, 64, 4, _unit(x)
+    steps = _steps(b, l, unroll)
+    programs = triton.cdiv(b * triton.cdiv(l, steps), stretches) * triton.cdiv(d, block)
+    with torch.cuda.device_of(x):
+        _forward[(programs,)](
+            x, weight, bias, initial_state, run, y, final, b, l, x.stride(0) // unit, x.stride(1) // unit, steps,
+            d, k, silu, unit, stretches, block, unroll, num_warps=4,
+        )  # fmt: skip
+    return y, final
+
+
+def backward(
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None,
+    run: Tensor | None, silu: bool, dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x (into dx if given: any strides over b and l), weight, bias and the initial state (if any)."""
+    (b, l, d), k = x.shape, weight.shape[1]
+    dy, x, weight = _rows_apart(dy), _rows_apart(x), weight.contiguous()
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    run = None if run is None else run.contiguous()
+    dx = torch.empty((b, l, d), dtype=x.dtype, device=x.device) if dx is None else dx
+    stretches, block, unroll = 16, 64, 4
+    units = _unit(x), _unit(dy), _unit(dx)
+    steps = _steps(b, l, unroll)
+    parts, blocks = triton.cdiv(b * triton.cdiv(l, steps), stretches), triton.cdiv(d, block)
+    wide = torch.empty(parts, k + 1, d, dtype=torch.float32, device=x.device)
+    dweight, dbias = torch.empty_like(weight), torch.empty(d, dtype=torch.float32, device=x.device)
+    dinitial = None if initial_state is None else dbias.new_empty(initial_state.shape)
+    with torch.cuda.device_of(x):
+        _backward[(parts * blocks,)](
+            x, weight, bias, initial_state, run, dy, dfinal, dx, dinitial, wide, b, l,
+            x.stride(0) // units[0], x.stride(1) // units[0], dy.stride(0) // units[1], dy.stride(1) // units[1],
+            dx.stride(0) // units[2], dx.stride(1) // units[2], steps,
+            d, k, silu, *units, stretches, block, unroll, num_warps=4,
+        )  # fmt: skip
+        _add_parts[(triton.cdiv((k + 1) * d, 32),)](wide, dweight, dbias, parts, d, k, 32, 32, num_warps=4)
+    return dx, dweight, dbias, dbias.new_empty((0,)) if dinitial is None else dinitial

@@ -1,0 +1,224 @@
+"""Triton form of RMSNorm for GPUs. rms_norm.py says what it computes.
+
+A program holds tiles of several rows of one group: every group of a row is normalised on its own, so groups are just
+more rows. The backward pass walks down a stretch of rows with its sums for weight and bias in registers.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _gate(z):
+    """silu(z) and its derivative."""
+    sigmoid = 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
+    gate = z * sigmoid
+    return gate, sigmoid * (1.0 + z - gate)
+
+
+@triton.jit(do_not_specialize=["rows", "x_l", "z_l", "residual_l", "epsilon"])
+def _forward(
+    x_ptr, weight_ptr, bias_ptr, z_ptr, residual_ptr, y_ptr, total_ptr, rows, x_l, z_l, residual_l, epsilon,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, UNIT_Z: tl.constexpr,
+    UNIT_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, SIZE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tile of BLOCK rows of one of the GROUPS groups of SIZE channels."""
+    row = tl.program_id(0) // GROUPS * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, SIZE_BLOCK)
+    inside = channel < SIZE
+    mask = (row < rows)[:, None] & inside[None, :]
+    channel += tl.program_id(0) % GROUPS * SIZE
+    row = row.to(tl.int64)[:, None]
+
+    v = tl.load(x_ptr + row * x_l * UNIT + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        offset = row * residual_l * UNIT_RESIDUAL + channel[None, :]
+        v += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    out = row * (GROUPS * SIZE) + channel[None, :]
+    if z_ptr is not None:
+        z = tl.load(z_ptr + row * z_l * UNIT_Z + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        gate, _ = _gate(z)
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if residual_ptr is not None:
+        tl.store(total_ptr + out, v.to(total_ptr.dtype.element_ty), mask=mask)
+    if z_ptr is not None and not GATE_LAST:
+        v *= gate
+    y = v * tl.rsqrt(tl.sum(v * v, 1) * (1.0 / SIZE) + epsilon)[:, None] * weight
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if z_ptr is not None and GATE_LAST:
+        y *= gate
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "v_l", "dy_l", "dtotal_l", "z_l", "dz_l", "steps", "epsilon"])
+def _backward(
+    dy_ptr, dtotal_ptr, v_ptr, weight_ptr, bias_ptr, z_ptr, dx_ptr, dresidual_ptr, dz_ptr, parts_ptr,
+    rows, v_l, dy_l, dtotal_l, z_l, dz_l, steps, epsilon,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, UNIT_DY: tl.constexpr,
+    UNIT_DTOTAL: tl.constexpr, UNIT_Z: tl.constexpr, UNIT_DZ: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`steps` tiles of BLOCK rows of one group, and its part of the gradients of weight and bias."""
+    stretch, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    channel = tl.arange(0, SIZE_BLOCK)
+    inside = (channel < SIZE)[None, :]
+    channel = (channel + group * SIZE)[None, :]
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK, SIZE_BLOCK], tl.float32)
+    if bias_ptr is not None:
+        dbias = dweight
+        if z_ptr is not None and GATE_LAST:
+            bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+
+    for step in tl.range(0, steps, num_stages=STAGES):
+        row = (stretch.to(tl.int64) * steps + step) * BLOCK + tl.arange(0, BLOCK)[:, None]
+        mask = (row < rows) & inside
+        v = tl.load(v_ptr + row * v_l * UNIT + channel, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_l * UNIT_DY + channel, mask=mask, other=0.0).to(tl.float32)
+        if z_ptr is not None:
+            z = tl.load(z_ptr + row * z_l * UNIT_Z + channel, mask=mask, other=0.0).to(tl.float32)
+        if dtotal_ptr is not None:
+            dtotal = tl.load(dtotal_ptr + row * dtotal_l * UNIT_DTOTAL + channel, mask=mask, other=0.0).to(tl.float32)
+
+        u, dout = v, dy
+        if z_ptr is not None:
+            gate, slope = _gate(z)
+            if GATE_LAST:
+                dout = dy * gate
+            else:
+                u = v * gate
+        dnormal = dout * weight
+        scale = tl.rsqrt(tl.sum(u * u, 1) * (1.0 / SIZE) + epsilon)[:, None]
+        along = (tl.sum(dnormal * u, 1) * (1.0 / SIZE))[:, None] * scale * scale
+        normal = u * scale
+        dweight += dout * normal
+        if bias_ptr is not None:
+            dbias += dout
+        du = (dnormal - u * along) * scale
+        if z_ptr is not None:
+            if GATE_LAST:
+                y = normal * weight
+                if bias_ptr is not None:
+                    y += bias
+                dz = dy * y * slope
+            else:
+                dz = du * v * slope
+                du *= gate
+            tl.store(dz_ptr + row * dz_l * UNIT_DZ + channel, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        if dtotal_ptr is not None:
+            du += dtotal
+        offset = row * (GROUPS * SIZE) + channel
+        tl.store(dx_ptr + offset, du.to(dx_ptr.dtype.element_ty), mask=mask)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + offset, du.to(dresidual_ptr.dtype.element_ty), mask=mask)
+
+    column = tl.arange(0, SIZE_BLOCK)
+    parts_ptr += stretch.to(tl.int64) * ((1 if bias_ptr is None else 2) * GROUPS * SIZE) + group * SIZE + column
+    tl.store(parts_ptr, tl.sum(dweight, 0), mask=column < SIZE)
+    if bias_ptr is not None:
+        tl.store(parts_ptr + GROUPS * SIZE, tl.sum(dbias, 0), mask=column < SIZE)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _add_parts(
+    parts_ptr, dweight_ptr, dbias_ptr, parts, D: tl.constexpr, KINDS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, parts, ROWS):
+        offset = (first + row).to(tl.int64)[:, None] * (KINDS * D) + column[None, :]
+        mask = (first + row < parts)[:, None] & (column < KINDS * D)[None, :]
+        total += tl.load(parts_ptr + offset, mask=mask, other=0.0)
+    total = tl.sum(total, 0)
+    tl.store(dweight_ptr + column, total.to(dweight_ptr.dtype.element_ty), mask=column < D)
+    if KINDS == 2:
+        within = (column >= D) & (column < 2 * D)
+        tl.store(dbias_ptr + column - D, total.to(dbias_ptr.dtype.element_ty), mask=within)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (rows, d), a view where x's strides allow, with adjacent channels."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _view(x: Tensor | None, size: int) -> tuple[Tensor | None, int, int]:
+    """Its rows, what divides their distance, up to 8 (the compiler may load so many numbers at once), and the rest."""
+    if x is None:
+        return None, 1, 0
+    x = _rows(x)
+    unit = math.gcd(8, x.stride(0), size)
+    return x, unit, x.stride(0) // unit
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, residual: Tensor | None, epsilon: float,
+    norm_before_gate: bool, groups: int, total_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, and x + residual (empty without a residual); rows of x, z and residual may lie apart."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty((0,) if residual is None else x.shape, dtype=total_dtype, device=x.device)
+    if x.numel() == 0:
+        return y, total
+    size = x.shape[-1] // groups
+    x = _rows(x)
+    rows = x.shape[0]
+    z, unit_z, z_l = _view(z, size)
+    residual, unit_residual, residual_l = _view(residual, size)
+    x, unit, x_l = _view(x, size)
+    size_block = triton.next_power_of_2(size)
+    block = max(1, 4096 // size_block)
+    with torch.cuda.device_of(x):
+        _forward[(triton.cdiv(rows, block) * groups,)](
+            x, weight, bias, z, residual, y, total, rows, x_l, z_l, residual_l, epsilon,
+            groups, size, norm_before_gate, unit, unit_z, unit_residual, block, size_block,
+            num_warps=max(4, min(32, size_block // 512)),
+        )  # fmt: skip
+    return y, total
+
+
+def backward(
+    dy: Tensor, dtotal: Tensor | None, v: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, epsilon: float,
+    norm_before_gate: bool, groups: int, x_dtype: torch.dtype, residual_dtype: torch.dtype | None,
+    dz: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, the residual (empty if not asked for), weight, bias and z (into dz if given: rows may lie apart).
+
+    v is x + residual.
+    """
+    device, d = v.device, v.shape[-1]
+    dx = torch.empty(v.shape, dtype=x_dtype, device=device)
+    dresidual = torch.empty((0,) if residual_dtype is None else v.shape, dtype=residual_dtype or x_dtype, device=device)
+    if dz is None:
+        dz = torch.empty((0,) if z is None else v.shape, dtype=x_dtype if z is None else z.dtype, device=device)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    if v.numel() == 0:
+        return dx, dresidual, dweight.zero_(), dbias.zero_(), dz
+    size = d // groups
+    v = _rows(v)
+    rows = v.shape[0]
+    views = [_view(t, size) for t in (v, dy, dtotal, z, None if z is None else dz)]
+    (v, *_), (dy, *_), (dtotal, *_), (z, *_), (dz_rows, *_) = views
+    units, strides = [u for _, u, _ in views], [s for *_, s in views]
+    size_block = triton.next_power_of_2(size)
+    block = max(1, 2048 // size_block)
+    steps = min(32, triton.cdiv(rows, block * 2048))
+    stretches, kinds = triton.cdiv(rows, block * steps), 1 if bias is None else 2
+    parts = torch.empty(stretches, kinds, d, dtype=torch.float32, device=device)
+    with torch.cuda.device_of(v):
+        _backward[(stretches * groups,)](
+            dy, dtotal, v, weight, bias, z, dx, None if residual_dtype is None else dresidual, dz_rows, parts,
+            rows, *strides, steps, epsilon,
+            groups, size, norm_before_gate, *units, block, size_block, 1, num_warps=max(4, min(32, size_block // 512)),
+        )  # fmt: skip
+        _add_parts[(triton.cdiv(kinds * d, 32),)](parts, dweight, dbias, stretches, d, kinds, 32, 32, num_warps=4)
+    if bias is None:
+        dbias = dbias.zero_()
+    return dx, dresidual, dweight, dbias, dz
