@@ -1,4 +1,4 @@
-"""Writes what a benchmark measured to benchmarks/results/NAME.json, with what is needed to repeat and to judge it."""
+"""Writes what a benchmark measured to benchmarks/results/, with what is needed to repeat and to judge it."""
 
 import datetime
 import importlib.metadata
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "numba", "numpy", "triton", "lightning", "transformers")
+_PACKAGES = (
+    "torch", "numba", "numpy", "triton", "lightning", "transformers", "mamba-ssm", "causal-conv1d", "fla-core"
+)  # fmt: skip
 
 
 def write_result(name: str, rows: list[dict[str, Any]]) -> Path:
@@ -27,10 +29,19 @@ def write_result(name: str, rows: list[dict[str, Any]]) -> Path:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    return _write(RESULTS / f"{name}.json", json.dumps(record, indent=2))
+
+
+def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Rows that say everything themselves, one per line; returns the file's path."""
+    return _write(RESULTS / f"{name}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]")
+
+
+def _write(path: Path, text: str) -> Path:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".json.part")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.write_text(text + "\n")
     os.replace(temporary, path)
     return path
 

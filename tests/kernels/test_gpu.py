@@ -7,6 +7,7 @@ typical shape no more than the public kernels do (measured on the same sort of d
 
 import contextlib
 import math
+import traceback
 
 import pytest
 import torch
@@ -453,7 +454,17 @@ def test_beyond_2_to_31_elements_it_is_the_same_as_the_same_data_cut_in_two(whic
     if torch.cuda.mem_get_info()[1] < 130e9:
         pytest.skip("needs a GPU of 140 GB")
     torch.cuda.empty_cache()
-    name, make = HUGE[which]
+    try:
+        worst, failure = worst_differences_from_halves(*HUGE[which]), None
+    except RuntimeError:  # whose traceback would keep the tensors, and fail the next test for want of memory
+        worst, failure = {}, traceback.format_exc()
+    assert failure is None, failure
+    # two results, each as far from the truth as the public kernels' bfloat16 gradients
+    assert {key: error for key, error in worst.items() if not error <= 2 * 3.3e-3} == {}
+
+
+def worst_differences_from_halves(name, make):
+    """{output or gradient: largest relative difference in any 65,536 steps}."""
     op, (arguments, options) = OPS[name], make()
     l = arguments["x"].shape[1]
     cut, over_time = l // 2, [key for key, t in arguments.items() if t.dim() > 1 and t.shape[1] == l]
@@ -475,25 +486,21 @@ def test_beyond_2_to_31_elements_it_is_the_same_as_the_same_data_cut_in_two(whic
             yield relative_error(whole[:, offset + start : offset + start + part.shape[1]], part)
 
     outputs, gradients = run(slice(None), cotangent, None, None)
-    if name == "rms_norm":
-        state = dstate = None
-    else:
+    state = None
+    if len(outputs) == 2:
         with torch.no_grad():
             first = {key: t[:, :cut] if key in over_time else t for key, t in arguments.items()}
             state = outputs_of(op, first, options)[1]
-    sums = {key: t.double() for key, t in gradients.items() if key not in over_time}
-    worst = {}
+    errors = {key: [] for key in ("y", *over_time)}
+    left = {key: t.double() for key, t in gradients.items() if key not in over_time}  # of sums over time
     dstate = None
     for part, offset, initial in ((slice(cut, None), cut, state), (slice(None, cut), 0, None)):
         half_outputs, half = run(part, cotangent[:, part], initial, dstate)
-        worst["y"] = max(worst.get("y", 0.0), *differences(outputs[0], half_outputs[0], offset))
+        errors["y"] += differences(outputs[0], half_outputs[0], offset)
         for key in over_time:
-            worst[f"d{key}"] = max(worst.get(f"d{key}", 0.0), *differences(gradients[key], half[key], offset))
-        for key in sums:
-            sums[key] = sums[key] - half[key].double()
+            errors[key] += differences(gradients[key], half[key], offset)
+        left = {key: t - half[key].double() for key, t in left.items()}
         dstate = half.get("initial_state")
         del half_outputs, half
-    for key, left in sums.items():
-        worst[f"d{key}"] = float(left.norm() / gradients[key].double().norm())
-    # two results, each as far from the truth as the public kernels' bfloat16 gradients
-    assert {key: error for key, error in worst.items() if not error <= 2 * 3.3e-3} == {}
+    worst = {key if key == "y" else f"d{key}": float(torch.tensor(found).max()) for key, found in errors.items()}
+    return worst | {f"d{key}": float(t.norm() / gradients[key].double().norm()) for key, t in left.items()}

@@ -49,5 +49,5 @@ def test_a_shipped_model_answers_on_a_gpu_as_on_a_cpu(name, tokens):
         return (found[0] if isinstance(found, tuple) else found).cpu()
 
     want, got = answers("cpu"), answers("cuda")
-    torch.testing.assert_close(got.log_softmax(-1), want.log_softmax(-1), rtol=1e-3, atol=1e-3)
-    assert (got - want).norm() <= 1e-4 * want.norm()
+    torch.testing.assert_close(got.log_softmax(-1), want.log_softmax(-1), rtol=1e-4, atol=1e-4)
+    assert (got - want).norm() <= 1e-5 * want.norm()
