@@ -331,6 +331,23 @@ def test_two_runs_give_the_same_bits(name):
 
 
 @pytest.mark.parametrize("name", OPS)
+def test_a_new_length_compiles_nothing_new(name, monkeypatch):
+    triton = pytest.importorskip("triton")
+
+    def run(l):
+        arguments, options = MAKE[name](l=l, **({"h": 4} if name == "ssd" else {}))
+        results(OPS[name], arguments, options)
+
+    for l in (777, 4096, 40000):
+        run(l)
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **kernel: compiled.append(kernel["repr"]))
+    for l in (1024, 3001, 16384, 50001):
+        run(l)
+    assert compiled == []
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_a_summed_output_has_the_gradient_of_ones(name):
     """Autograd then hands the op one number, expanded."""
     arguments, options = MAKE[name](**SMALL[name])
