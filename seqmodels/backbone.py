@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from seqmodels.config import BackboneConfig, ConditionConfig, KmerConfig, MixerConfig
 from seqmodels.kernels.packing import starts_of_sequences
 from seqmodels.kernels.rms_norm import rms_norm
-from seqmodels.mixers import build_mixer, is_causal
+from seqmodels.mixers import OwnState, build_mixer, is_causal
 
 
 class RMSNorm(nn.Module):
@@ -68,8 +68,13 @@ class Layer(nn.Module):
         self, x: Tensor, residual: Tensor | None, state: Any, lengths: Tensor | None, seq_idx: Tensor | None
     ) -> tuple[Tensor, Tensor, Any]:
         """(x, residual) -> (x, residual) with the layer's state."""
-        x, residual = self.norm(x, residual, self.residual_in_fp32)
-        x, state = self.mixer(x, state, lengths, seq_idx)
+        if isinstance(state, OwnState) and x.shape[1] == 1 and lengths is None and seq_idx is None:
+            before = None if residual is None else residual[:, 0]
+            step: Any = self.mixer.step_layer
+            x, residual = (t[:, None] for t in step(x[:, 0], before, self.norm, self.residual_in_fp32, state))
+        else:
+            x, residual = self.norm(x, residual, self.residual_in_fp32)
+            x, state = self.mixer(x, state, lengths, seq_idx)
         x = self.dropout(x)
         if self.mlp is not None:
             x, residual = self.norm2(x, residual, self.residual_in_fp32)

@@ -24,6 +24,7 @@ from seqmodels.config import (
 )
 from seqmodels.errors import InputError
 from seqmodels.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from seqmodels.kernels.layer_step import mamba2_layer_step, mamba_layer_step
 from seqmodels.kernels.packing import starts_of_sequences
 from seqmodels.kernels.rms_norm import rms_norm
 from seqmodels.kernels.selective_scan import selective_scan, selective_scan_step
@@ -51,6 +52,10 @@ class SSMState(NamedTuple):
     "(b, k - 1, channels)"
     ssm: Tensor
     "(b, e, n) for Mamba, (b, h, p, n) for Mamba-2; float32"
+
+
+class OwnState(SSMState):
+    """An SSMState that a step overwrites: of a decoder, which holds the only one. Both tensors contiguous."""
 
 
 def is_causal(config: MixerConfig) -> bool:
@@ -102,6 +107,17 @@ class Mamba(nn.Module):
             initial_state=None if state is None else state.ssm, seq_idx=seq_idx,
         )  # fmt: skip
         return self.out_proj(y), SSMState(conv_state, ssm)
+
+    def step_layer(
+        self, x: Tensor, residual: Tensor | None, norm: Any, residual_in_fp32: bool, state: OwnState
+    ) -> tuple[Tensor, Tensor]:
+        """One step of the residual layer around this mixer, (b, d): y and x + residual; overwrites the state."""
+        return mamba_layer_step(
+            x, residual, norm.weight, self.in_proj.weight, self.in_proj.bias, self.conv1d.weight[:, 0],
+            self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D,
+            self.out_proj.weight, self.out_proj.bias, state.conv, state.ssm, norm.epsilon, residual_in_fp32,
+            residual is not None,
+        )  # fmt: skip
 
 
 class Mamba2(nn.Module):
@@ -188,6 +204,18 @@ class Mamba2(nn.Module):
             epsilon=config.norm_epsilon, dt_limit=config.dt_limit,
         )  # fmt: skip
         return y[:, None], SSMState(conv_state, ssm)
+
+    def step_layer(
+        self, x: Tensor, residual: Tensor | None, norm: Any, residual_in_fp32: bool, state: OwnState
+    ) -> tuple[Tensor, Tensor]:
+        """One step of the residual layer around this mixer, (b, d): y and x + residual; overwrites the state."""
+        config = self.config
+        return mamba2_layer_step(
+            x, residual, norm.weight, self.in_proj.weight, self.in_proj.bias, self.conv1d.weight[:, 0],
+            self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight if config.gated_norm else None,
+            self.out_proj.weight, self.out_proj.bias, state.conv, state.ssm, config.n_groups, config.norm_before_gate,
+            norm.epsilon, config.norm_epsilon, *config.dt_limit, residual_in_fp32, residual is not None,
+        )  # fmt: skip
 
 
 class Bidirectional(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seqmodels.config import ConditionConfig
+from seqmodels.decoding import Decoder
 from seqmodels.errors import InputError
 from seqmodels.tasks.audio.waveform import MuLaw, is_audio_name, mu_law_of
 
@@ -103,7 +104,8 @@ def generate(
         choose = _Chooser(mu_law, sampling or Sampling(), [(seed, first + row) for row in range(rows)], device)
         started = time.perf_counter()
         with _threads(device, rows):
-            results.append(_decode(model, logits, state, conditions, limit, mu_law.eos, choose, progress))
+            decoder = Decoder(model, state, _given(conditions))
+            results.append(_decode(decoder, logits, limit, mu_law.eos, choose, progress))
         spent += time.perf_counter() - started
     return _collect(results, mu_law, gain, spent)
 
@@ -128,9 +130,8 @@ class _Chooser:
 
 
 def _decode(
-    model: Any, logits: Tensor, state: Any, conditions: Tensor, limit: int, eos: int, choose: _Chooser,
-    progress: Callable[[int], Any],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    decoder: Decoder, logits: Tensor, limit: int, eos: int, choose: _Chooser, progress: Callable[[int], Any]
+) -> tuple[Tensor, Tensor]:
     """Tokens and their log-probabilities (b, steps), until `limit` or until every row has ended."""
     tokens = torch.empty(len(logits), limit, dtype=torch.int64, device=logits.device)
     nats = torch.empty(len(logits), limit, device=logits.device)
@@ -146,7 +147,7 @@ def _decode(
             if not alive.any():
                 return tokens[:, : step + 1], nats[:, : step + 1]
         if step + 1 < limit:
-            logits, state = _step(model, token, state, conditions)
+            logits = decoder(token)
     return tokens, nats
 
 
@@ -163,17 +164,16 @@ def _threads(device: torch.device, rows: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _step(model: Any, token: Tensor, state: Any, conditions: Tensor) -> tuple[Tensor, Any]:
-    logits, state = model(token, state, conditions=conditions if conditions.shape[1] else None)
-    return logits[:, -1], state
+def _given(conditions: Tensor) -> Tensor | None:
+    return conditions if conditions.shape[1] else None
 
 
 def prefill(model: Any, ids: Tensor, conditions: Tensor, device: Any, chunk: int = PREFILL) -> tuple[Tensor, Any]:
     """Logits (b, vocab) after ids (b, l) and the state, reading at most `chunk` positions at a time."""
-    state, logits = None, torch.empty(0)
+    state, logits = None, torch.empty(0, 1)
     for part in ids.split(max(1, chunk // len(ids)), dim=1):
-        logits, state = _step(model, part.to(device), state, conditions)
-    return logits, state
+        logits, state = model(part.to(device), state, conditions=_given(conditions))
+    return logits[:, -1], state
 
 
 def draw(log_p: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
