@@ -14,23 +14,40 @@ from torch import Tensor
 
 
 @triton.jit
-def _silu_and_slope(s):
-    """silu(s) and its derivative."""
-    sigmoid = 1.0 / (1.0 + tl.exp2(s * -1.4426950408889634))
-    y = s * sigmoid
-    return y, sigmoid * (1.0 + s - y)
+def _sigmoid(s):
+    """1 / (1 + exp(-s)): the square of a reciprocal root takes two instructions, a division five."""
+    root = tl.rsqrt(1.0 + tl.exp2(s * -1.4426950408889634))
+    return root * root
 
 
 @triton.jit
-def _row(x_ptr, initial_ptr, t, l, x_l, batch, channel, K: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr):
-    """Inputs of steps t, one per stretch: (STRETCHES, BLOCK), zero outside of the sequence and its initial state."""
+def _stretches(b, l, steps, D: tl.constexpr, STRETCHES: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the program's stretches: sequence, first step and the sequence's length; and its channels."""
+    blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
+    per_sequence = (l + steps - 1) // steps
+    stretch = tl.program_id(0) // blocks * STRETCHES + tl.arange(0, STRETCHES)
+    batch = stretch // per_sequence
+    start = stretch % per_sequence * steps
+    limit = tl.where(batch < b, l, 0)  # beyond the batch nothing is read or written
+    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    return tl.minimum(batch, b - 1).to(tl.int64), start, limit, channel[None, :]
+
+
+@triton.jit
+def _row(row_ptr, i, left, inside):
+    """Row i >= 0 of every stretch, (STRETCHES, BLOCK), zero beyond the end."""
+    return tl.load(row_ptr, mask=(i < left)[:, None] & inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _row_at(x_ptr, initial_ptr, t, limit, batch, distance, channel, K: tl.constexpr, D: tl.constexpr):
+    """Rows t, one per stretch: x's or the initial state's, zero elsewhere. x_ptr points to the sequences' first row."""
     inside = channel < D
-    offset = (t.to(tl.int64) * x_l * UNIT)[:, None] + channel
-    value = tl.load(x_ptr + offset, mask=((t >= 0) & (t < l))[:, None] & inside, other=0.0).to(tl.float32)
+    mask = ((t >= 0) & (t < limit))[:, None] & inside
+    value = tl.load(x_ptr + (t * distance)[:, None], mask=mask, other=0.0).to(tl.float32)
     if initial_ptr is not None:
-        before = (t < 0) & (t > -K)
         offset = ((batch * (K - 1) + t + K - 1) * D)[:, None] + channel
-        value += tl.load(initial_ptr + offset, mask=before[:, None] & inside, other=0.0).to(tl.float32)
+        value += tl.load(initial_ptr + offset, mask=(t < 0)[:, None] & inside, other=0.0).to(tl.float32)
     return value
 
 
@@ -41,11 +58,22 @@ def _run(run_ptr, t, l, batch):
 
 
 @triton.jit
-def _taps(weight_ptr, channel, K: tl.constexpr, D: tl.constexpr):
-    taps = ()
+def _window(
+    x_ptr, weight_ptr, bias_ptr, initial_ptr, run_ptr, start, limit, l, batch, distance, channel,
+    K: tl.constexpr, D: tl.constexpr, STRETCHES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Taps and bias, and of the k-1 steps before the stretches the inputs and their sequences' numbers."""
+    bias = tl.zeros([STRETCHES, BLOCK], tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + channel, mask=channel < D, other=0.0).to(tl.float32)
+    taps, past, runs = (), (), ()
     for j in tl.static_range(K):
         taps += (tl.load(weight_ptr + channel * K + j, mask=channel < D, other=0.0).to(tl.float32),)
-    return taps
+    for i in tl.static_range(1, K):
+        past += (_row_at(x_ptr, initial_ptr, start + i - K, limit, batch, distance, channel, K, D),)
+        if run_ptr is not None:
+            runs += (_run(run_ptr, start + i - K, l, batch),)
+    return taps, bias, past, runs
 
 
 @triton.jit(do_not_specialize=["b", "l", "x_b", "x_l", "steps"])
@@ -54,94 +82,84 @@ def _forward(
     D: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr,
     STRETCHES: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
-    per_sequence = (l + steps - 1) // steps
-    stretch = tl.program_id(0) // blocks * STRETCHES + tl.arange(0, STRETCHES)
-    batch = (stretch // per_sequence).to(tl.int64)
-    start = stretch % per_sequence * steps
-    bound = tl.where(batch < b, tl.minimum(start + steps, l), 0)  # beyond the batch nothing is read or written
-    limit = tl.where(batch < b, l, 0)
-    batch = tl.minimum(batch, b - 1)
-    channel = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
-    inside = channel < D
-    x_ptr += (batch * x_b * UNIT)[:, None]
-    y_ptr += (batch * l * D)[:, None]
-
-    taps = _taps(weight_ptr, channel, K, D)
-    past, runs = (), ()
-    for i in tl.static_range(1, K):
-        past += (_row(x_ptr, initial_ptr, start - K + i, limit, x_l, batch, channel, K, D, UNIT),)
-        if run_ptr is not None:
-            runs += (_run(run_ptr, start - K + i, l, batch),)
-    bias = tl.zeros([1, BLOCK], tl.float32)
-    if bias_ptr is not None:
-        bias += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-
+    batch, start, limit, channel = _stretches(b, l, steps, D, STRETCHES, BLOCK)
+    inside, own, x_l = channel < D, tl.minimum(limit - start, steps), tl.cast(x_l, tl.int64) * UNIT
+    first_ptr = x_ptr + (batch * x_b * UNIT)[:, None] + channel
+    x_ptr = first_ptr + (start * x_l)[:, None]
+    y_ptr += ((batch * l + start) * D)[:, None] + channel
+    taps, bias, past, runs = _window(
+        first_ptr, weight_ptr, bias_ptr, initial_ptr, run_ptr, start, limit, l, batch, x_l, channel, K, D, STRETCHES,
+        BLOCK,
+    )  # fmt: skip
     for first in range(0, steps, UNROLL):
         rows = ()
         for i in tl.static_range(UNROLL):
-            rows += (_row(x_ptr, None, start + first + i, bound, x_l, batch, channel, K, D, UNIT),)
+            rows += (_row(x_ptr, first + i, own, inside),)
+            x_ptr += x_l
         for i in tl.static_range(UNROLL):
-            t = start + first + i
             window = past
             window += (rows[i],)
-            total = bias + taps[K - 1] * rows[i]
-            if run_ptr is None:
-                for j in tl.static_range(K - 1):
-                    total += taps[j] * window[j]
-            else:
+            if run_ptr is not None:
                 numbers = runs
-                numbers += (_run(run_ptr, t, l, batch),)
-                for j in tl.static_range(K - 1):
-                    total += taps[j] * tl.where((numbers[j] == numbers[K - 1])[:, None], window[j], 0.0)
-                runs = numbers[1:]
+                numbers += (_run(run_ptr, start + first + i, l, batch),)
+            total = bias
+            for j in tl.static_range(K):
+                value = window[j]
+                if run_ptr is not None:
+                    value = tl.where((numbers[j] == numbers[K - 1])[:, None], value, 0.0)
+                total += taps[j] * value
             past = window[1:]
+            if run_ptr is not None:
+                runs = numbers[1:]
             if SILU:
-                total, _ = _silu_and_slope(total)
-            offset = (t.to(tl.int64) * D)[:, None] + channel
-            tl.store(y_ptr + offset, total.to(y_ptr.dtype.element_ty), mask=(t < bound)[:, None] & inside)
+                total *= _sigmoid(total)
+            tl.store(y_ptr, total.to(y_ptr.dtype.element_ty), mask=(first + i < own)[:, None] & inside)
+            y_ptr += D
 
-    for m in tl.static_range(K - 1):  # the stretch with the last step writes the final state
-        t = l - (K - 1) + m + tl.zeros_like(start)
-        value = _row(x_ptr, initial_ptr, t, limit, x_l, batch, channel, K, D, UNIT)
+    last = (own > 0) & (start + own == l)  # the stretch with the sequence's last step writes the final state
+    for m in tl.static_range(K - 1):
+        t = tl.zeros_like(start) + l - (K - 1) + m
+        value = _row_at(first_ptr, initial_ptr, t, limit, batch, x_l, channel, K, D)
         if run_ptr is not None:
-            same = _run(run_ptr, t, l, batch) == _run(run_ptr, l - 1 + tl.zeros_like(t), l, batch)
+            same = _run(run_ptr, t, l, batch) == _run(run_ptr, tl.zeros_like(t) + l - 1, l, batch)
             value = tl.where(same[:, None], value, 0.0)
         offset = ((batch * (K - 1) + m) * D)[:, None] + channel
-        tl.store(final_ptr + offset, value.to(final_ptr.dtype.element_ty), mask=(bound == l)[:, None] & inside)
+        tl.store(final_ptr + offset, value.to(final_ptr.dtype.element_ty), mask=last[:, None] & inside)
 
 
 @triton.jit
 def _walk(
-    x_ptr, dy_ptr, run_ptr, dfinal_ptr, dx_ptr, dinitial_ptr, t, start, bound, limit, l, x_l, dy_l, dx_l, batch,
+    x_ptr, dy_ptr, run_ptr, dfinal_ptr, dx_ptr, dinitial_ptr, first, start, left, own, l, x_l, dy_l, dx_l, batch,
     channel, taps, bias, past, unfinished, runs, dtaps, dbias, OWN: tl.constexpr, STEPS: tl.constexpr,
-    D: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr, UNIT_DY: tl.constexpr,
-    UNIT_DX: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """STEPS steps from t on of the backward pass; if not OWN, without their part of the gradients of the parameters."""
+    """STEPS steps of the backward pass, from the stretches' step `first` on.
+
+    If not OWN, without their part of the gradients of weight and bias.
+    """
     inside = channel < D
     rows, gradients = (), ()
     for i in tl.static_range(STEPS):
-        rows += (_row(x_ptr, None, t + i, limit, x_l, batch, channel, K, D, UNIT),)
-        gradients += (_row(dy_ptr, None, t + i, limit, dy_l, batch, channel, K, D, UNIT_DY),)
+        rows += (_row(x_ptr, first + i, left, inside),)
+        gradients += (_row(dy_ptr, first + i, left, inside),)
+        x_ptr += x_l
+        dy_ptr += dy_l
     for i in tl.static_range(STEPS):
         window, dsum = past, gradients[i]
         window += (rows[i],)
         if run_ptr is not None:
             numbers = runs
-            numbers += (_run(run_ptr, t + i, limit, batch),)
-            seen = ()
-            for j in tl.static_range(K - 1):
-                seen += (tl.where((numbers[j] == numbers[K - 1])[:, None], window[j], 0.0),)
-            seen += (rows[i],)
-        else:
-            seen = window
+            numbers += (_run(run_ptr, start + first + i, l, batch),)
+        seen, total = (), bias
+        for j in tl.static_range(K):
+            value = window[j]
+            if run_ptr is not None:
+                value = tl.where((numbers[j] == numbers[K - 1])[:, None], value, 0.0)
+            seen += (value,)
+            total += taps[j] * value
         if SILU:
-            total = bias
-            for j in tl.static_range(K):
-                total += taps[j] * seen[j]
-            _, slope = _silu_and_slope(total)
-            dsum *= slope
+            sigmoid = _sigmoid(total)
+            dsum *= sigmoid * (1.0 + total * (1.0 - sigmoid))
         if OWN:
             dbias += dsum
             added = ()
@@ -160,22 +178,22 @@ def _walk(
         if run_ptr is not None:
             runs = numbers[1:]
 
-        r = t + i - (K - 1)  # the row of dx that this step finishes
+        r = first + i - (K - 1)  # the row of dx that this step finishes
+        t = start + r
         done = due[0]
         if dfinal_ptr is not None:
-            given = (r >= l - (K - 1)) & (r < limit)
+            given = (t >= l - (K - 1)) & (r < left)
             if run_ptr is not None:
-                given &= _run(run_ptr, r, limit, batch) == _run(run_ptr, l - 1 + tl.zeros_like(r), limit, batch)
-            offset = ((batch * (K - 1) + r - l + K - 1) * D)[:, None] + channel
+                given &= _run(run_ptr, t, l, batch) == _run(run_ptr, tl.zeros_like(t) + l - 1, l, batch)
+            offset = ((batch * (K - 1) + t - l + K - 1) * D)[:, None] + channel
             done += tl.load(dfinal_ptr + offset, mask=given[:, None] & inside, other=0.0).to(tl.float32)
-        offset = (r.to(tl.int64) * dx_l * UNIT_DX)[:, None] + channel
-        mask = ((r >= start) & (r < bound))[:, None] & inside
-        tl.store(dx_ptr + offset, done.to(dx_ptr.dtype.element_ty), mask=mask)
+        mask = ((r >= 0) & (r < own))[:, None] & inside
+        tl.store(dx_ptr, done.to(dx_ptr.dtype.element_ty), mask=mask)
+        dx_ptr += dx_l
         if dinitial_ptr is not None:
-            offset = ((batch * (K - 1) + r + K - 1) * D)[:, None] + channel
-            mask = ((r < 0) & (start == 0) & (limit > 0))[:, None] & inside
-            tl.store(dinitial_ptr + offset, done, mask=mask)
-    return past, unfinished, runs, dtaps, dbias
+            offset = ((batch * (K - 1) + t + K - 1) * D)[:, None] + channel
+            tl.store(dinitial_ptr + offset, done, mask=((t < 0) & (left > 0))[:, None] & inside)
+    return x_ptr, dy_ptr, dx_ptr, past, unfinished, runs, dtaps, dbias
 
 
 @triton.jit(do_not_specialize=["b", "l", "x_b", "x_l", "dy_b", "dy_l", "dx_b", "dx_l", "steps"])
@@ -185,47 +203,40 @@ def _backward(
     D: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr, UNIT_DY: tl.constexpr,
     UNIT_DX: tl.constexpr, STRETCHES: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
-    per_sequence = (l + steps - 1) // steps
-    stretch = tl.program_id(0) // blocks * STRETCHES + tl.arange(0, STRETCHES)
-    batch = (stretch // per_sequence).to(tl.int64)
-    start = stretch % per_sequence * steps
-    limit = tl.where(batch < b, l, 0)  # beyond the batch nothing is read or written
-    bound = tl.minimum(start + steps, limit)
-    batch = tl.minimum(batch, b - 1)
-    channel = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
-    inside = channel < D
-    x_ptr += (batch * x_b * UNIT)[:, None]
-    dy_ptr += (batch * dy_b * UNIT_DY)[:, None]
-    dx_ptr += (batch * dx_b * UNIT_DX)[:, None]
-
-    taps = _taps(weight_ptr, channel, K, D)
+    batch, start, limit, channel = _stretches(b, l, steps, D, STRETCHES, BLOCK)
+    left = limit - start
+    own = tl.minimum(left, steps)
+    x_l, dy_l = tl.cast(x_l, tl.int64) * UNIT, tl.cast(dy_l, tl.int64) * UNIT_DY
+    dx_l = tl.cast(dx_l, tl.int64) * UNIT_DX
+    first_ptr = x_ptr + (batch * x_b * UNIT)[:, None] + channel
+    x_ptr = first_ptr + (start * x_l)[:, None]
+    dy_ptr += (batch * dy_b * UNIT_DY + start * dy_l)[:, None] + channel
+    dx_ptr += (batch * dx_b * UNIT_DX + (start - (K - 1)) * dx_l)[
+        :, None
+    ] + channel  # a step finishes the row k-1 above it
+    taps, bias, past, runs = _window(
+        first_ptr, weight_ptr, bias_ptr, initial_ptr, run_ptr, start, limit, l, batch, x_l, channel, K, D, STRETCHES,
+        BLOCK,
+    )  # fmt: skip
     zero = tl.zeros([STRETCHES, BLOCK], tl.float32)
-    bias, dbias = zero, zero
-    if bias_ptr is not None:
-        bias += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    past, unfinished, runs, dtaps = (), (), (), (zero,)
-    for i in tl.static_range(1, K):
-        past += (_row(x_ptr, initial_ptr, start - K + i, limit, x_l, batch, channel, K, D, UNIT),)
+    unfinished, dtaps, dbias = (), (zero,), zero
+    for _ in tl.static_range(1, K):
         unfinished += (zero,)
         dtaps += (zero,)
-        if run_ptr is not None:
-            runs += (_run(run_ptr, start - K + i, limit, batch),)
 
     for first in range(0, steps, UNROLL):
-        past, unfinished, runs, dtaps, dbias = _walk(
-            x_ptr, dy_ptr, run_ptr, dfinal_ptr, dx_ptr, dinitial_ptr, start + first, start, bound, limit, l, x_l, dy_l,
-            dx_l, batch, channel, taps, bias, past, unfinished, runs, dtaps, dbias, True, UNROLL,
-            D, K, SILU, UNIT, UNIT_DY, UNIT_DX,
+        x_ptr, dy_ptr, dx_ptr, past, unfinished, runs, dtaps, dbias = _walk(
+            x_ptr, dy_ptr, run_ptr, dfinal_ptr, dx_ptr, dinitial_ptr, first, start, left, own, l, x_l, dy_l, dx_l,
+            batch, channel, taps, bias, past, unfinished, runs, dtaps, dbias, True, UNROLL, D, K, SILU,
         )  # fmt: skip
-    _walk(  # the next stretch's first steps finish the last rows of dx
-        x_ptr, dy_ptr, run_ptr, dfinal_ptr, dx_ptr, dinitial_ptr, start + steps, start, bound, limit, l, x_l, dy_l,
-        dx_l, batch, channel, taps, bias, past, unfinished, runs, dtaps, dbias, False, K - 1,
-        D, K, SILU, UNIT, UNIT_DY, UNIT_DX,
+    _walk(  # the first steps of the next stretch finish the last rows of dx
+        x_ptr, dy_ptr, run_ptr, dfinal_ptr, dx_ptr, dinitial_ptr, steps, start, left, own, l, x_l, dy_l, dx_l,
+        batch, channel, taps, bias, past, unfinished, runs, dtaps, dbias, False, K - 1, D, K, SILU,
     )  # fmt: skip
 
+    blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    parts_ptr += (tl.program_id(0) // blocks).to(tl.int64) * (K + 1) * D + column
+    parts_ptr += (tl.program_id(0) // blocks).to(tl.int64) * ((K + 1) * D) + column
     for j in tl.static_range(K):
         tl.store(parts_ptr + j * D, tl.sum(dtaps[j], 0), mask=column < D)
     tl.store(parts_ptr + K * D, tl.sum(dbias, 0), mask=column < D)

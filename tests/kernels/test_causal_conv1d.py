@@ -1,5 +1,6 @@
 """The causal convolution: torch's own convolution, cut at sequence bounds, in passes, in pieces and in steps."""
 
+import importlib
 import itertools
 
 import pytest
@@ -147,3 +148,62 @@ def test_a_wrong_argument_is_named_with_both_sides(change, message):
     arguments = {k: v.detach() for k, v in make().items()} | change
     with pytest.raises(ValueError, match=message):
         causal_conv1d(**arguments)
+
+
+@pytest.fixture
+def nan_in_fresh_memory():
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def in_both_forms(x, weight, bias, state, run, silu, dy, dfinal):
+    """Outputs and gradients of the Triton form at float32 and of the plain form at float64."""
+    triton = importlib.import_module("seqmodels.kernels.causal_conv1d_triton")
+    got = (
+        *triton.forward(x, weight, bias, state, run, silu),
+        *triton.backward(dy, dfinal, x, weight, bias, state, run, silu),
+    )
+    x, weight, bias, state, dy, dfinal = (
+        None if t is None else t.double() for t in (x, weight, bias, state, dy, dfinal)
+    )
+    plain = module._conv_in_torch(x, weight, bias, state, run, silu)
+    return got, (*plain, *module._conv_backward_in_torch(dy, dfinal, x, weight, bias, state, run, silu))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves")
+@pytest.mark.usefixtures("nan_in_fresh_memory")
+@pytest.mark.parametrize(
+    "given", [(), ("bias",), ("bias", "initial_state", "run", "dfinal"), ("run",), ("dfinal",)], ids="+".join
+)
+@pytest.mark.parametrize(
+    ("b", "l", "d", "k", "silu"),
+    [(2, 37, 6, 4, True), (3, 2, 72, 4, True), (1, 1, 5, 3, False), (2, 9, 3, 1, True), (1, 150, 8, 8, False)],
+)
+def test_the_triton_form_agrees_with_float64(b, l, d, k, silu, given):
+    a = {name: t.detach() for name, t in make(b, l, d, k, dtype=torch.float32).items()}
+    rng = torch.Generator().manual_seed(2)
+    wide = torch.randn(b, l, 2 * d + 3, generator=rng)
+    a["x"] = wide[..., 3 : 3 + d]  # rows lie apart, as in a view of in_proj's output
+    run = (torch.rand(b, l, generator=rng) < 0.2).index_fill(1, torch.tensor(0), False).cumsum(1)
+    dfinal, dy = torch.randn(b, k - 1, d, generator=rng), wide[..., d + 3 :]
+    got, want = in_both_forms(
+        a["x"], a["weight"], a["bias"] if "bias" in given else None,
+        a["initial_state"] if "initial_state" in given else None, run if "run" in given else None, silu, dy,
+        dfinal if "dfinal" in given else None,
+    )  # fmt: skip
+    for name, one, other in zip(("y", "final", "dx", "dweight", "dbias", "dinitial"), got, want, strict=True):
+        assert one.shape == other.shape, name
+        assert (one.double() - other).norm() <= 2e-6 * other.norm(), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves")
+def test_the_triton_form_writes_dx_into_a_given_view_and_nowhere_else():
+    triton = importlib.import_module("seqmodels.kernels.causal_conv1d_triton")
+    a = {name: t.detach() for name, t in make(2, 9, 6, dtype=torch.float32).items()}
+    dy = torch.randn(1, 1, 6).expand(2, 9, 6)
+    want, *_ = triton.backward(dy, None, a["x"], a["weight"], None, None, None, True)
+    buffer = torch.zeros(2, 9, 16)
+    got, *_ = triton.backward(dy, None, a["x"], a["weight"], None, None, None, True, dx=buffer[..., 8:14])
+    assert got.data_ptr() == buffer[..., 8:].data_ptr()
+    assert torch.equal(buffer, F.pad(want, (8, 2)))

@@ -1,5 +1,6 @@
 """RMSNorm: gate, groups, residual and gradients are those of the definition, on every path through the operator."""
 
+import importlib
 import itertools
 
 import pytest
@@ -127,3 +128,58 @@ def test_a_wrong_shape_is_named_with_both_sides():
         rms_norm(x, torch.ones(5))
     with pytest.raises(ValueError, match=r"residual has shape \(2, 6\)"):
         rms_norm(x, torch.ones(6), residual=torch.zeros(2, 6))
+
+
+@pytest.fixture
+def nan_in_fresh_memory():
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves")
+@pytest.mark.usefixtures("nan_in_fresh_memory")
+@pytest.mark.parametrize("names", OPTIONAL, ids="+".join)
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+@pytest.mark.parametrize(("shape", "groups"), [((2, 7, 12), 3), ((37, 24), 1), ((5,), 1)])
+def test_the_triton_form_agrees_with_float64(shape, groups, norm_before_gate, names):
+    triton = importlib.import_module("seqmodels.kernels.rms_norm_triton")
+    rng = torch.Generator().manual_seed(3)
+    x, dy, dtotal, z, residual = torch.randn(5, *shape, generator=rng)
+    z = torch.cat([z, residual], -1)[..., : shape[-1]]  # rows lie apart, as in a view of in_proj's output
+    weight, bias = torch.randn(2, shape[-1], generator=rng)
+    z, residual = z if "z" in names else None, residual if "residual" in names else None
+    bias, dtotal = bias if "bias" in names else None, dtotal if "residual" in names else None
+
+    def forms(forward, backward, dtype):
+        tensors = (x, weight, bias, z, residual, dy, dtotal)
+        u, w, c, gate, given, du, dt = (None if t is None else t.to(dtype) for t in tensors)
+        y, total = forward(u, w, c, gate, given)
+        v, dresidual = (u, None) if given is None else (total, dtype)
+        gradients = backward(du, dt, v, w, c, gate, 1e-5, norm_before_gate, groups, dtype, dresidual)
+        return y, total, *gradients
+
+    got = forms(
+        lambda *a: triton.forward(*a, 1e-5, norm_before_gate, groups, torch.float32), triton.backward, torch.float32
+    )
+    want = forms(
+        lambda *a: module._rms_norm_in_torch(*a, 1e-5, norm_before_gate, groups, True),
+        module._rms_norm_backward_in_torch, torch.float64,
+    )  # fmt: skip
+    outputs = ("y", "total", "dx", "dresidual", "dweight", "dbias", "dz")
+    for name, one, other in zip(outputs, got, want, strict=True):
+        assert one.shape == other.shape, name
+        if name != "dbias" or bias is not None:
+            assert (one.double() - other).norm() <= 1e-6 * other.norm(), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves")
+def test_the_triton_form_writes_dz_into_a_given_view_and_nowhere_else():
+    triton = importlib.import_module("seqmodels.kernels.rms_norm_triton")
+    dy, v, z = torch.randn(3, 2, 9, 8, generator=torch.Generator().manual_seed(4))
+    arguments = (dy, None, v, torch.ones(8), None, z, 1e-5, False, 1, torch.float32, None)
+    buffer = torch.zeros(2, 9, 24)
+    *_, want = triton.backward(*arguments)
+    *_, got = triton.backward(*arguments, dz=buffer[..., 8:16])
+    assert got.data_ptr() == buffer[..., 8:].data_ptr()
+    assert torch.equal(buffer, F.pad(want, (8, 8)))
