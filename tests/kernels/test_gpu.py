@@ -303,6 +303,23 @@ def test_bfloat16_errors_stay_below_the_public_kernels(name, case):
     assert_within_budget(OPS[name], arguments, options, PUBLIC[name])
 
 
+PUBLIC_MEMORY = [  # GB above the inputs, of outputs, gradients and workspace, as above but at l=262,144
+    ("ssd", {"n": 64}, 1.74), ("ssd", {"n": 128}, 2.07), ("ssd", {"h": 32, "n": 128}, 4.85),
+    ("selective_scan", {"e": 256}, 0.73), ("selective_scan", {"e": 512}, 1.40), ("selective_scan", {"e": 1024}, 2.75),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "case", "gigabytes"), PUBLIC_MEMORY, ids=described)
+def test_forward_and_backward_need_no_more_memory_than_the_public_kernels(name, case, gigabytes):
+    arguments, options = MAKE[name](l=262144, layout="contiguous", state=False, **case)
+    dy = torch.randn_like(arguments["x"])
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y, _ = OPS[name](**arguments, **options)
+    y.backward(dy)
+    assert (torch.cuda.max_memory_allocated() - before) / 1e9 <= gigabytes
+
+
 # Ways to call an op.
 
 SMALL = {
