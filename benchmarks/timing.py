@@ -110,7 +110,7 @@ def main(
 ) -> None:
     """Times every implementation in `calls(shape, l)`, which builds them on demand, "ours" before all others.
 
-    Writes results/GPU/OP.json, a list of rows, and prints a table of ours.
+    Writes results/GPU/OP.json, a list of rows, and prints them as they come.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
@@ -123,23 +123,38 @@ def main(
         "gpu": gpu, "versions": record.versions(), "commit": options.commit or record.commit(),
         "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
     }  # fmt: skip
-    rows = []
+    rows: list[dict[str, Any]] = []
     cases = [(shape, l) for shape in shapes for l in options.lengths if l <= longest(shape)]
+    print(f"{'shape':44} {'l':>8} {'implementation':14} {'pass':8} {'ms':>9} {'floor':>8} {'peak GB':>8}  against")
     # others last: one that reads outside its memory ends all work on the GPU
     for ours in (True, False):
         for shape, l in cases:
             for implementation, build in calls(shape, l).items():
                 if ours == (implementation == "ours"):
-                    rows += [
-                        {"op": op, "impl": implementation, "shape": shape, "l": l, "dtype": "bf16"} | row | about
-                        for row in _passes(build, cost(shape, l), options.seconds)
-                    ]
-    for row in rows:
-        same = [r for r in rows if all(r[key] == row[key] for key in ("shape", "l", "pass")) and r is not row]
-        if row["impl"] == "ours" and same:
-            row["ratio"] = {r["impl"]: round(r["ms"] / row["ms"], 3) for r in same}
-    _print(rows)
+                    for found in _passes(build, cost(shape, l), options.seconds):
+                        row = {"op": op, "impl": implementation, "shape": shape, "l": l, "dtype": "bf16"} | found
+                        rows.append(row | about)
+                        _compare(rows)
+                        _print(rows[-1])
     record.write_rows(f"{gpu.removeprefix('NVIDIA ').lower().replace(' ', '-')}/{op}", rows)
+
+
+def _compare(rows: Sequence[dict[str, Any]]) -> None:
+    """Gives our row of what the last row measured the ratio of the last row's time to ours."""
+    last = rows[-1]
+    for row in rows:
+        same = all(row[key] == last[key] for key in ("shape", "l", "pass"))
+        if same and row["impl"] == "ours" and row is not last:
+            row.setdefault("ratio", {})[last["impl"]] = last["against_ours"] = round(last["ms"] / row["ms"], 3)
+
+
+def _print(row: dict[str, Any]) -> None:
+    shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())
+    against = (
+        f"{row['against_ours']:.2f} x ours" if "against_ours" in row else f"{row['ms'] / row['floor_ms']:.1f} x floor"
+    )
+    times = f"{row['ms']:9.4f} {row['floor_ms']:8.4f} {row['peak_gb']:8.3f}  {against}"
+    print(f"{shape:44} {row['l']:8} {row['impl']:14} {row['pass']:8} {times}", flush=True)
 
 
 def _passes(build: Callable[[], Call], cost: Cost, seconds: float) -> list[dict[str, Any]]:
@@ -159,13 +174,3 @@ def _passes(build: Callable[[], Call], cost: Cost, seconds: float) -> list[dict[
     gc.collect()
     torch.cuda.empty_cache()
     return rows
-
-
-def _print(rows: Sequence[dict[str, Any]]) -> None:
-    print(f"{'op and shape':52} {'l':>8} {'pass':8} {'ms':>9} {'floor':>8} {'/floor':>6} {'peak GB':>8}  others / ours")
-    for row in rows:
-        if row["impl"] == "ours":
-            shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())
-            others = " ".join(f"{name} {ratio:.2f}" for name, ratio in row.get("ratio", {}).items())
-            times = f"{row['ms']:9.4f} {row['floor_ms']:8.4f} {row['ms'] / row['floor_ms']:6.1f} {row['peak_gb']:8.3f}"
-            print(f"{row['op'] + ' ' + shape:52} {row['l']:8} {row['pass']:8} {times}  {others}")
