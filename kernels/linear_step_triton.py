@@ -27,7 +27,14 @@ class Conv:
     """The convolution's step for rows first to first + channels of a projection; its state is updated in place."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, state: Tensor, first: int) -> None:
-        self.weight, self.bias, self.state, self.first = weight.contiguous(), bias, state, first
+        self.weight, self.bias, self.state, self.first = weight, bias, state, first
+
+
+def check_states(*states: Tensor) -> None:
+    """They are overwritten as they lie."""
+    for state in states:
+        if not state.is_contiguous():
+            raise ValueError(f"a state of shape {tuple(state.shape)} has strides {state.stride()}; make it contiguous")
 
 
 def overlaps(x: Tensor) -> bool:
@@ -38,6 +45,11 @@ def overlaps(x: Tensor) -> bool:
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of x's GPU."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
 def on_tensor_cores(x: Tensor, weight: Tensor) -> bool:
@@ -80,43 +92,47 @@ def linear(
     norm (i,): RMSNorm of x + residual first; the sum is written to `total`. squares (b, parts): x is divided by the
     root mean square that these partial sums of squares, an equal number of neighbours per group, stand for.
     """
+    x = x if x.stride(1) == 1 else x.contiguous()
     (b, i), o = x.shape, weight.shape[0]
     y = torch.empty(b, o, dtype=dtype, device=x.device)
-    weight = weight.contiguous()
+    if not weight.is_contiguous():
+        weight, overlap = weight.contiguous(), False  # what a copy writes must not be read before the wait
     parts = 1 if squares is None else squares.shape[1] // groups
-    conv_arguments = (
-        (None, None, None, 0, 0) if conv is None
-        else (conv.weight, conv.bias, conv.state, conv.first, conv.weight.shape[0])
-    )  # fmt: skip
-    taps = 0 if conv is None else conv.weight.shape[1]
+    conv_tensors = (None, None, None) if conv is None else (conv.weight, conv.bias, conv.state)
+    channels, taps = (0, 0) if conv is None else conv.weight.shape
+    first = 0 if conv is None else conv.first
     if on_tensor_cores(x, weight):
         if norm is not None and total is not None:
             x, overlap = add_norm(x, residual, norm, epsilon, total, overlap), overlaps(x)
         BLOCK_B, BLOCK_O, BLOCK_I, warps, stages = _dot_sizes(b, o, i)
         _linear_dot[(triton.cdiv(o, BLOCK_O), triton.cdiv(b, BLOCK_B))](
-            x, squares, weight, bias, *conv_arguments, y, b, o, x.stride(0), epsilon, I=i, TAPS=taps,
+            x, squares, weight, bias, *conv_tensors, y, b, x.stride(0), epsilon,
+            O=o, FIRST=first, CHANNELS=channels, I=i, TAPS=taps,
             SCALED=squares is not None, GROUPS=groups, PARTS=parts, BLOCK_PARTS=triton.next_power_of_2(parts),
             HAS_BIAS=bias is not None, HAS_CONV_BIAS=conv is not None and conv.bias is not None,
-            BLOCK_B=BLOCK_B, BLOCK_O=BLOCK_O, BLOCK_I=BLOCK_I, OVERLAP=overlap, EARLY=early and norm is None,
+            BLOCK_B=BLOCK_B, BLOCK_O=BLOCK_O, BLOCK_I=BLOCK_I, LINES=triton.next_power_of_2(triton.cdiv(i, 64)),
+            OVERLAP=overlap, EARLY=early and norm is None,
             num_warps=warps, num_stages=stages, **launch_options(overlap),
         )  # fmt: skip
         return y
-    BLOCK_I, BATCH = triton.next_power_of_2(i), min(b, 8)
-    ROWS, tiles, warps = _few_sizes(o, BLOCK_I, weight.element_size())
-    _linear_few[(triton.cdiv(o, ROWS * tiles), triton.cdiv(b, BATCH))](
-        x, residual, norm, squares, weight, bias, *conv_arguments, y, total, b, o, x.stride(0),
-        0 if residual is None else residual.stride(0), epsilon, I=i, TAPS=taps, NORM=norm is not None,
-        HAS_RESIDUAL=residual is not None, SCALED=squares is not None, GROUPS=groups, PARTS=parts,
-        BLOCK_PARTS=triton.next_power_of_2(parts), HAS_BIAS=bias is not None,
-        HAS_CONV_BIAS=conv is not None and conv.bias is not None, BATCH=BATCH, TILES=tiles, ROWS=ROWS, BLOCK_I=BLOCK_I,
-        OVERLAP=overlap, EARLY=early, num_warps=warps, **launch_options(overlap),
+    BLOCK_I, BATCH = triton.next_power_of_2(i), min(b, 4)
+    ROWS, warps = _few_sizes(BLOCK_I, weight.element_size())
+    _linear_few[(triton.cdiv(o, ROWS), triton.cdiv(b, BATCH))](
+        x, residual, norm, squares, weight, bias, *conv_tensors, y, total, b, x.stride(0),
+        0 if residual is None else residual.stride(0), epsilon,
+        O=o, FIRST=first, CHANNELS=channels, I=i, TAPS=taps, NORM=norm is not None, HAS_RESIDUAL=residual is not None,
+        SCALED=squares is not None, GROUPS=groups, PARTS=parts, BLOCK_PARTS=triton.next_power_of_2(parts),
+        HAS_BIAS=bias is not None, HAS_CONV_BIAS=conv is not None and conv.bias is not None,
+        BATCH=BATCH, ROWS=ROWS, BLOCK_I=BLOCK_I, OVERLAP=overlap, EARLY=early,
+        num_warps=warps, **launch_options(overlap),
     )  # fmt: skip
     return y
 
 
-def _few_sizes(o: int, BLOCK_I: int, bytes_each: int) -> tuple[int, int, int]:
-    """Rows of the weight per tile, tiles per program, warps."""
-    return (4 if bytes_each == 2 else 2), 1 if o < 2**14 else 8, max(1, min(8, BLOCK_I // 1024))
+def _few_sizes(BLOCK_I: int, bytes_each: int) -> tuple[int, int]:
+    """Rows of the weight per program, warps: some 64 values of the weight per thread."""
+    warps = max(1, min(8, BLOCK_I * bytes_each // 4096))
+    return max(1, 8192 * warps // (BLOCK_I * bytes_each)), warps
 
 
 def _dot_sizes(b: int, o: int, i: int) -> tuple[int, int, int, int, int]:
@@ -130,6 +146,14 @@ def launch_options(overlap: bool) -> dict[str, bool]:
 
 
 @triton.jit
+def prefetch(pointers, mask, inside):
+    """Asks for these addresses in the L2 cache: before a wait, since no value is taken. `inside` is a valid address."""
+    addresses = tl.where(mask, pointers.to(tl.int64, bitcast=True), inside.to(tl.int64, bitcast=True))
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _add_norm(
     x_ptr, residual_ptr, norm_ptr, y_ptr, total_ptr, x_stride, residual_stride, epsilon,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
@@ -139,8 +163,8 @@ def _add_norm(
     m_d = o_d < D
     weight = tl.load(norm_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
     if OVERLAP:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(x_ptr + i_b * x_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + i_b * residual_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -152,10 +176,11 @@ def _add_norm(
 @triton.jit
 def _linear_few(
     x_ptr, residual_ptr, norm_ptr, squares_ptr, weight_ptr, bias_ptr, conv_weight_ptr, conv_bias_ptr, conv_state_ptr,
-    first, channels, y_ptr, total_ptr, b, o, x_stride, residual_stride, epsilon,
-    I: tl.constexpr, TAPS: tl.constexpr, NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+    y_ptr, total_ptr, b, x_stride, residual_stride, epsilon,
+    O: tl.constexpr, FIRST: tl.constexpr, CHANNELS: tl.constexpr, I: tl.constexpr, TAPS: tl.constexpr,
+    NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
     GROUPS: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_CONV_BIAS: tl.constexpr, BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr,
+    HAS_CONV_BIAS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr,
     OVERLAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     # A program's rows of the weight stay in registers for all its rows of the batch.
@@ -164,15 +189,14 @@ def _linear_few(
         gdc_launch_dependents()
     o_i = tl.arange(0, BLOCK_I)
     m_i = o_i < I
-    o_o = i_o * (ROWS * TILES) + tl.arange(0, ROWS)
+    o_o = i_o * ROWS + tl.arange(0, ROWS)
     p_w = weight_ptr + o_o.to(tl.int64)[:, None] * I + o_i[None, :]
-    w = tl.load(p_w, mask=(o_o < o)[:, None] & m_i[None, :], other=0.0)
+    w = tl.load(p_w, mask=(o_o < O)[:, None] & m_i[None, :], other=0.0)
     if NORM:
         norm = tl.load(norm_ptr + o_i, mask=m_i, other=0.0).to(tl.float32)
     if TAPS > 0:
-        tl.static_assert(TILES == 1)
-        channel = o_o - first
-        m_channel = (o_o < o) & (channel >= 0) & (channel < channels)
+        channel = o_o - FIRST
+        m_channel = (o_o < O) & (channel >= 0) & (channel < CHANNELS)
         taps = ()
         for tap in tl.static_range(0, TAPS):
             value = tl.load(conv_weight_ptr + channel * TAPS + tap, mask=m_channel, other=0.0).to(tl.float32)
@@ -180,78 +204,93 @@ def _linear_few(
         if HAS_CONV_BIAS:
             conv_bias = tl.load(conv_bias_ptr + channel, mask=m_channel, other=0.0).to(tl.float32)
     if OVERLAP:
+        if TAPS > 1:
+            o_tap = tl.arange(0, 4)[None, :]
+            p_tap = conv_state_ptr + tl.program_id(1).to(tl.int64) * BATCH * (TAPS - 1) * CHANNELS
+            p_tap += o_tap * CHANNELS + channel[:, None]
+            prefetch(p_tap, m_channel[:, None] & (o_tap < TAPS - 1), conv_state_ptr)
         gdc_wait()
         if not EARLY:
             gdc_launch_dependents()
-    for tile in range(TILES):
-        for j in range(BATCH):
-            i_b = tl.program_id(1).to(tl.int64) * BATCH + j
-            m_o = (o_o < o) & (i_b < b)
-            m_x = m_i & (i_b < b)
-            x = tl.load(x_ptr + i_b * x_stride + o_i, mask=m_x, other=0.0).to(tl.float32)
-            if TAPS > 0:
-                m_conv = m_channel & (i_b < b)
-                p_state = conv_state_ptr + i_b * (TAPS - 1) * channels + channel
-                past = ()  # the convolution's inputs before this step, oldest first
-                for tap in tl.static_range(0, TAPS - 1):
-                    value = tl.load(p_state + tap * channels, mask=m_conv, other=0.0).to(tl.float32)
-                    past = past + (value,)  # noqa: RUF005
-            scale = 1.0
-            if NORM:
-                if HAS_RESIDUAL:
-                    p_residual = residual_ptr + i_b * residual_stride + o_i
-                    x += tl.load(p_residual, mask=m_x, other=0.0).to(tl.float32)
-                if i_o == 0 and tile == 0:
-                    tl.store(total_ptr + i_b * I + o_i, x.to(total_ptr.dtype.element_ty), mask=m_x)
-                scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / I + epsilon)
-                x *= norm
-            if SCALED:
-                o_s = tl.arange(0, BLOCK_PARTS)
-                p_s = squares_ptr + i_b * (GROUPS * PARTS) + o_s
-                m_s = (o_s < PARTS) & (i_b < b)
-                if GROUPS == 1:
-                    scale = 1.0 / tl.sqrt(tl.sum(tl.load(p_s, mask=m_s, other=0.0), 0) / I + epsilon)
-                else:
-                    for group in range(GROUPS):
-                        total = tl.sum(tl.load(p_s + group * PARTS, mask=m_s, other=0.0), 0)
-                        inverse = 1.0 / tl.sqrt(total / (I // GROUPS) + epsilon)
-                        x = tl.where(o_i // (I // GROUPS) == group, x * inverse, x)
-            y = tl.sum(w.to(tl.float32) * x[None, :], 1) * scale
-            if HAS_BIAS:
-                y += tl.load(bias_ptr + o_o, mask=m_o, other=0.0).to(tl.float32)
-            if TAPS > 0:
-                s = y * taps[TAPS - 1]
-                if HAS_CONV_BIAS:
-                    s += conv_bias
-                for tap in tl.static_range(0, TAPS - 1):
-                    s += past[tap] * taps[tap]
-                    new = past[tap + 1] if tap + 2 < TAPS else y
-                    tl.store(p_state + tap * channels, new.to(conv_state_ptr.dtype.element_ty), mask=m_conv)
-                y = tl.where(m_channel, s * sigmoid(s), y)
-            tl.store(y_ptr + i_b * o + o_o, y.to(y_ptr.dtype.element_ty), mask=m_o)
-        if tile + 1 < TILES:
-            o_o += ROWS
-            p_w += ROWS * I
-            w = tl.load(p_w, mask=(o_o < o)[:, None] & m_i[None, :], other=0.0)
+    # All rows' inputs are asked for before the first is used.
+    xs, residuals, pasts = (), (), ()
+    for j in tl.static_range(0, BATCH):
+        i_b = tl.program_id(1).to(tl.int64) * BATCH + j
+        m_x = m_i & (i_b < b)
+        xs = xs + (tl.load(x_ptr + i_b * x_stride + o_i, mask=m_x, other=0.0),)  # noqa: RUF005
+        if HAS_RESIDUAL:
+            value = tl.load(residual_ptr + i_b * residual_stride + o_i, mask=m_x, other=0.0)
+            residuals = residuals + (value,)  # noqa: RUF005
+        if TAPS > 0:  # the convolution's inputs before this step, oldest first
+            for tap in tl.static_range(0, TAPS - 1):
+                p_past = conv_state_ptr + (i_b * (TAPS - 1) + tap) * CHANNELS + channel
+                pasts = pasts + (tl.load(p_past, mask=m_channel & (i_b < b), other=0.0),)  # noqa: RUF005
+    for j in tl.static_range(0, BATCH):
+        i_b = tl.program_id(1).to(tl.int64) * BATCH + j
+        m_o = (o_o < O) & (i_b < b)
+        x = xs[j].to(tl.float32)
+        scale = 1.0
+        if NORM:
+            if HAS_RESIDUAL:
+                x += residuals[j].to(tl.float32)
+            if i_o == 0:
+                tl.store(total_ptr + i_b * I + o_i, x.to(total_ptr.dtype.element_ty), mask=m_i & (i_b < b))
+            scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / I + epsilon)
+            x *= norm
+        if SCALED:
+            o_s = tl.arange(0, BLOCK_PARTS)
+            p_s = squares_ptr + i_b * (GROUPS * PARTS) + o_s
+            m_s = (o_s < PARTS) & (i_b < b)
+            if GROUPS == 1:
+                scale = 1.0 / tl.sqrt(tl.sum(tl.load(p_s, mask=m_s, other=0.0), 0) / I + epsilon)
+            else:
+                for group in range(GROUPS):
+                    total = tl.sum(tl.load(p_s + group * PARTS, mask=m_s, other=0.0), 0)
+                    inverse = 1.0 / tl.sqrt(total / (I // GROUPS) + epsilon)
+                    x = tl.where(o_i // (I // GROUPS) == group, x * inverse, x)
+        y = tl.sum(w.to(tl.float32) * x[None, :], 1) * scale
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + o_o, mask=m_o, other=0.0).to(tl.float32)
+        if TAPS > 0:
+            s = y * taps[TAPS - 1]
+            if HAS_CONV_BIAS:
+                s += conv_bias
+            for tap in tl.static_range(0, TAPS - 1):
+                s += pasts[j * (TAPS - 1) + tap].to(tl.float32) * taps[tap]
+                new = pasts[j * (TAPS - 1) + tap + 1].to(tl.float32) if tap + 2 < TAPS else y
+                p_past = conv_state_ptr + (i_b * (TAPS - 1) + tap) * CHANNELS + channel
+                tl.store(p_past, new.to(conv_state_ptr.dtype.element_ty), mask=m_channel & (i_b < b))
+            y = tl.where(m_channel, s * sigmoid(s), y)
+        tl.store(y_ptr + i_b * O + o_o, y.to(y_ptr.dtype.element_ty), mask=m_o)
 
 
 @triton.jit
 def _linear_dot(
-    x_ptr, squares_ptr, weight_ptr, bias_ptr, conv_weight_ptr, conv_bias_ptr, conv_state_ptr, first, channels, y_ptr,
-    b, o, x_stride, epsilon,
-    I: tl.constexpr, TAPS: tl.constexpr, SCALED: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
+    x_ptr, squares_ptr, weight_ptr, bias_ptr, conv_weight_ptr, conv_bias_ptr, conv_state_ptr, y_ptr, b, x_stride,
+    epsilon,
+    O: tl.constexpr, FIRST: tl.constexpr, CHANNELS: tl.constexpr, I: tl.constexpr, TAPS: tl.constexpr,
+    SCALED: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    o_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    m_o, m_b = o_o < O, o_b < b
     if OVERLAP:
         if EARLY:
             gdc_launch_dependents()
+        o_line = tl.arange(0, LINES)[None, :] * 64
+        prefetch(weight_ptr + o_o.to(tl.int64)[:, None] * I + o_line, m_o[:, None] & (o_line < I), weight_ptr)
+        if TAPS > 1:
+            o_tap = tl.arange(0, 4)[None, :]
+            p_line = conv_state_ptr + (o_b.to(tl.int64)[:, None] * (TAPS - 1) + o_tap) * CHANNELS
+            column = tl.program_id(0) * BLOCK_O - FIRST
+            inside = (column > -BLOCK_O) & (column < CHANNELS)
+            mask = m_b[:, None] & (o_tap < TAPS - 1) & inside
+            prefetch(p_line + tl.maximum(tl.minimum(column, CHANNELS - 1), 0), mask, conv_state_ptr)
         gdc_wait()
         if not EARLY:
             gdc_launch_dependents()
-    o_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    o_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    m_o, m_b = o_o < o, o_b < b
     WIDTH: tl.constexpr = I // GROUPS
     p_x = x_ptr + o_b.to(tl.int64)[:, None] * x_stride
     p_w = weight_ptr + o_o.to(tl.int64)[:, None] * I
@@ -275,21 +314,21 @@ def _linear_dot(
     if HAS_BIAS:
         y += tl.load(bias_ptr + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
     if TAPS > 0:
-        channel = o_o - first
-        m_channel = m_o & (channel >= 0) & (channel < channels)
+        channel = o_o - FIRST
+        m_channel = m_o & (channel >= 0) & (channel < CHANNELS)
         m_conv = mask & m_channel[None, :]
-        p_state = conv_state_ptr + o_b.to(tl.int64)[:, None] * ((TAPS - 1) * channels) + channel[None, :]
+        p_state = conv_state_ptr + o_b.to(tl.int64)[:, None] * ((TAPS - 1) * CHANNELS) + channel[None, :]
         p_tap = conv_weight_ptr + channel * TAPS
         s = y * tl.load(p_tap + TAPS - 1, mask=m_channel, other=0.0).to(tl.float32)[None, :]
         if HAS_CONV_BIAS:
             s += tl.load(conv_bias_ptr + channel, mask=m_channel, other=0.0).to(tl.float32)[None, :]
         past = ()
         for tap in tl.static_range(0, TAPS - 1):
-            past = past + (tl.load(p_state + tap * channels, mask=m_conv, other=0.0).to(tl.float32),)  # noqa: RUF005
+            past = past + (tl.load(p_state + tap * CHANNELS, mask=m_conv, other=0.0).to(tl.float32),)  # noqa: RUF005
         for tap in tl.static_range(0, TAPS - 1):
             s += past[tap] * tl.load(p_tap + tap, mask=m_channel, other=0.0).to(tl.float32)[None, :]
             new = past[tap + 1] if tap + 2 < TAPS else y
-            tl.store(p_state + tap * channels, new.to(conv_state_ptr.dtype.element_ty), mask=m_conv)
+            tl.store(p_state + tap * CHANNELS, new.to(conv_state_ptr.dtype.element_ty), mask=m_conv)
         y = tl.where(m_conv, s * sigmoid(s), y)
-    p_y = y_ptr + o_b.to(tl.int64)[:, None] * o + o_o[None, :]
+    p_y = y_ptr + o_b.to(tl.int64)[:, None] * O + o_o[None, :]
     tl.store(p_y, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from seqmodels.kernels.linear_step_triton import Conv, launch_options, linear, on_tensor_cores, overlaps
+from seqmodels.kernels.linear_step_triton import Conv, check_states, launch_options, linear, on_tensor_cores, overlaps
 from seqmodels.kernels.math_triton import sigmoid, softplus
 
 
@@ -25,7 +25,8 @@ def forward(
     """x (b, d) -> the mixer's result (b, d) and x + residual; conv_state and state are overwritten."""
     b, e, n = state.shape
     rank = dt_proj.shape[1]
-    overlap = overlaps(x)
+    check_states(conv_state, state)
+    conv_weight, overlap = conv_weight.contiguous(), overlaps(x) and conv_weight.is_contiguous()
     with torch.cuda.device_of(x):
         total = torch.empty(x.shape, dtype=total_dtype, device=x.device)
         xz = linear(

@@ -1,6 +1,7 @@
 """Decoding: a model's steps one after the other; on an NVIDIA GPU each is the replay of a CUDA graph."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +19,15 @@ class Decoder:
     CUDA graph when it comes up for the second time; from then on it is replayed, with one launch by the CPU instead of
     some hundred. A U-Net's steps differ within a period of its pooling factors' product, so that it has so many graphs.
     Elsewhere the model is simply called. Weights may change in place, but not be replaced.
+
+    `then` is what follows the logits (b, vocabulary), for example the choice of the next token: it becomes part of the
+    graph, so all that it reads and writes from step to step must be tensors that stay where they are.
     """
 
-    def __init__(self, model: Any, state: Any, conditions: Tensor | None = None) -> None:
-        self.model, self.conditions = model, conditions
+    def __init__(
+        self, model: Any, state: Any, conditions: Tensor | None = None, then: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.model, self.conditions, self.then = model, conditions, then
         layers = [module for module in model.modules() if isinstance(module, Layer)]
         fixed = all(isinstance(layer.mixer, (Mamba, Mamba2)) for layer in layers)
         self._records = model.device.type == "cuda" and fixed and not model.training
@@ -34,18 +40,18 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
-        """ids (b, 1) int64 -> logits (b, vocabulary), which the next calls may overwrite."""
+        """ids (b, 1) int64 -> logits (b, vocabulary), or then(logits), which the next calls may overwrite."""
         step, self._step = self._step, self._step + 1
         if not self._records or step < self._period:  # the first time round also compiles what a graph cannot
-            logits, state = self._call(ids)
+            result, state = self._call(ids)
             self._state = _map(state, _own) if self._records else state
-            return logits
+            return result
         if step < 2 * self._period:
             self._recorded.append(self._record(ids, last=step == 2 * self._period - 1))
-        graph, static_ids, logits, self._state = self._recorded[step % self._period]
+        graph, static_ids, result, self._state = self._recorded[step % self._period]
         static_ids.copy_(ids)
         graph.replay()
-        return logits
+        return result
 
     @property
     def state(self) -> Any:
@@ -54,21 +60,21 @@ class Decoder:
 
     def _call(self, ids: Tensor) -> tuple[Tensor, Any]:
         logits, state = self.model(ids, self._state, conditions=self.conditions)
-        return logits[:, -1], state
+        return logits[:, -1] if self.then is None else self.then(logits[:, -1]), state
 
     def _record(self, ids: Tensor, last: bool) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any]:
-        """The graph of this step, its ids, its logits and the state it leaves: where the first of a period found it."""
+        """The graph of this step, its ids, its result and the state it leaves: where the first of a period found it."""
         if not self._recorded:
             self._first, self._pool = self._state, torch.cuda.graph_pool_handle()
         graph, static_ids = torch.cuda.CUDAGraph(), ids.clone()
         with torch.cuda.device_of(ids), torch.cuda.graph(graph, pool=self._pool):
-            logits, state = self._call(static_ids)
+            result, state = self._call(static_ids)
             if last:
                 for old, new in zip(_tensors(self._first), _tensors(state), strict=True):
                     if old is not new:
                         old.copy_(new)
                 state = self._first
-        return graph, static_ids, logits, state
+        return graph, static_ids, result, state
 
 
 def _map(state: Any, function: Any) -> Any:

@@ -101,54 +101,69 @@ def generate(
         rows = min(batch, number - first)
         conditions = given.expand(rows, -1)
         logits, state = prefill(model, torch.from_numpy(ids).expand(rows, -1), conditions, device)
-        choose = _Chooser(mu_law, sampling or Sampling(), [(seed, first + row) for row in range(rows)], device)
+        seeds = [(seed, first + row) for row in range(rows)]
+        choose = _Chooser(mu_law, sampling or Sampling(), seeds, limit, device)
         started = time.perf_counter()
         with _threads(device, rows):
-            decoder = Decoder(model, state, _given(conditions))
-            results.append(_decode(decoder, logits, limit, mu_law.eos, choose, progress))
+            decoder = Decoder(model, state, _given(conditions), choose)
+            results.append(_decode(decoder, choose, logits, limit, progress))
         spent += time.perf_counter() - started
     return _collect(results, mu_law, gain, spent)
 
 
 class _Chooser:
-    """Draws each row's next token with random numbers of its own; BOS never, EOS not before the shortest length."""
+    """Draws each row's next token with random numbers of its own; BOS never, EOS not before the shortest length.
 
-    def __init__(self, mu_law: MuLaw, sampling: Sampling, seeds: list[tuple[int, int]], device: torch.device) -> None:
-        self.sampling, self.device = sampling, device
+    All that changes from step to step is on the device, in place, so that a CUDA graph can hold a step.
+    """
+
+    def __init__(
+        self, mu_law: MuLaw, sampling: Sampling, seeds: list[tuple[int, int]], limit: int, device: torch.device
+    ) -> None:
+        self.sampling, self.eos = sampling, mu_law.eos
         self.generators = [np.random.default_rng(seed) for seed in seeds]
         self.shortest = round(SHORTEST * mu_law.sample_rate)
         self.barred = torch.zeros(2, mu_law.vocab_size, device=device)  # [0]: while too short to end, [1]: later
         self.barred[:, mu_law.bos] = self.barred[0, mu_law.eos] = -torch.inf
+        rows = len(seeds)
+        self.uniform = torch.empty(rows, DRAWS, dtype=torch.float64, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.tokens = torch.empty(rows, limit, dtype=torch.int64, device=device)
+        self.nats = torch.empty(rows, limit, device=device)
+        self.alive = torch.ones(rows, dtype=torch.bool, device=device)
 
-    def __call__(self, step: int, log_p: Tensor) -> Tensor:
-        """Tokens (b, 1) from log-probabilities (b, vocab)."""
-        if step % DRAWS == 0:
-            uniform = np.stack([generator.random(DRAWS) for generator in self.generators])
-            self.uniform = torch.from_numpy(uniform).to(self.device)
-        barred = self.barred[int(step >= self.shortest)]
-        return draw(log_p + barred, self.uniform[:, step % DRAWS, None], self.sampling)
+    def draw_numbers(self) -> None:
+        """For the next DRAWS steps."""
+        uniform = np.stack([generator.random(DRAWS) for generator in self.generators])
+        self.uniform.copy_(torch.from_numpy(uniform))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Tokens (b, 1) from logits (b, vocab); notes them and their log-probabilities."""
+        log_p = logits.float().log_softmax(-1)
+        barred = self.barred.index_select(0, (self.step >= self.shortest).long())
+        token = draw(log_p + barred, self.uniform.index_select(1, self.step % DRAWS), self.sampling)
+        self.tokens.index_copy_(1, self.step, token)
+        self.nats.index_copy_(1, self.step, log_p.gather(1, token))
+        self.alive &= token[:, 0] != self.eos
+        self.step += 1
+        return token
 
 
 def _decode(
-    decoder: Decoder, logits: Tensor, limit: int, eos: int, choose: _Chooser, progress: Callable[[int], Any]
+    decoder: Decoder, choose: _Chooser, logits: Tensor, limit: int, progress: Callable[[int], Any]
 ) -> tuple[Tensor, Tensor]:
     """Tokens and their log-probabilities (b, steps), until `limit` or until every row has ended."""
-    tokens = torch.empty(len(logits), limit, dtype=torch.int64, device=logits.device)
-    nats = torch.empty(len(logits), limit, device=logits.device)
-    alive = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    for step in range(limit):
-        log_p = logits.float().log_softmax(-1)
-        token = choose(step, log_p)
-        tokens[:, step : step + 1] = token
-        nats[:, step : step + 1] = log_p.gather(1, token)
-        alive &= token[:, 0] != eos
-        if step % CHECK == CHECK - 1:
+    choose.draw_numbers()
+    token = choose(logits)
+    for step in range(1, limit):
+        if step % CHECK == 0:
             progress(CHECK * len(logits))
-            if not alive.any():
-                return tokens[:, : step + 1], nats[:, : step + 1]
-        if step + 1 < limit:
-            logits = decoder(token)
-    return tokens, nats
+            if not choose.alive.any():
+                return choose.tokens[:, :step], choose.nats[:, :step]
+        if step % DRAWS == 0:
+            choose.draw_numbers()
+        token = decoder(token)
+    return choose.tokens, choose.nats
 
 
 @contextmanager
