@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqmodels.kernels.discretize import step_size
+from seqmodels.kernels.dispatch import triton_form
 from seqmodels.kernels.packing import starts_of_sequences
 
 STEPS = 64  # the forward pass stores a state every so many steps; the backward pass recomputes what lies between
@@ -46,14 +47,9 @@ def selective_scan(
     the final state to the last. Linear in l in time and memory; differentiable in every tensor argument.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-    dt = step_size(dt, dt_bias, dt_softplus, dt_limit, _state_dtype(x))
     resets = None if seq_idx is None else starts_of_sequences(seq_idx)
-    y, final_state, _ = _scan(x, dt, A, B, C, initial_state, resets)
-    if D is not None:
-        y = y.addcmul_(x.to(y.dtype), D.to(y.dtype))  # in place: no gradient needs the scan's own output
-    if z is not None:
-        y = y * F.silu(z.to(y.dtype))
-    return y.to(x.dtype), final_state
+    y, final_state, _ = _scan(x, dt, A, B, C, D, z, dt_bias, initial_state, resets, dt_softplus, *dt_limit)
+    return y, final_state
 
 
 def selective_scan_reference(
@@ -196,27 +192,28 @@ def _forward_in_torch(x, dt, A, B, C, state, resets):
     y = torch.empty(x.shape, dtype=state.dtype, device=x.device)
     starts = []
     for t0 in range(0, x.shape[1], STEPS):
-        starts.append(state)
+        starts.append(state.mT)
         _, _, _, per_channel, _, states = _stretch(x, dt, A, B, C, resets, state, t0)
         y[:, t0 : t0 + STEPS] = (states * per_channel).sum(-1)
         state = states[:, -1]
     return y, state.clone(), torch.stack(starts, 1)
 
 
-def _backward_in_torch(dy, dfinal, x, dt, A, B, C, starts, resets):
+def _backward_in_torch(dy, dfinal, x, dt, A, B, C, starts, resets, with_y):
     dtype = starts.dtype
+    y = torch.empty(x.shape if with_y else 0, dtype=dtype, device=x.device)
     dx, ddt, dB, dC = (torch.empty(t.shape, dtype=dtype, device=t.device) for t in (x, dt, B, C))
     dA, carried = torch.zeros_like(A, dtype=dtype), dfinal.to(dtype)
     for i in reversed(range(starts.shape[1])):
         part = slice(i * STEPS, (i + 1) * STEPS)
-        x_p, dt_p, B_p, C_p, decay, states = _stretch(x, dt, A, B, C, resets, starts[:, i], i * STEPS)
+        x_p, dt_p, B_p, C_p, decay, states = _stretch(x, dt, A, B, C, resets, starts[:, i].mT, i * STEPS)
         dy_p = dy[:, part, :, None].to(dtype)
         grads = dy_p * C_p
         grads[:, -1] += carried
         # the adjoint is the same scan backwards in time: g[t] = decay[t+1] g[t+1] + dy[t] C[t]
         next_decay = torch.cat([decay[:, 1:], decay[:, :1]], 1)
         grads = _by_doubling(next_decay.flip(1), grads.flip(1)).flip(1)
-        before = torch.cat([starts[:, i, None], states[:, :-1]], 1)
+        before = torch.cat([starts[:, i, None].mT, states[:, :-1]], 1)
         through_decay = grads * decay * before
         dinputs = (grads * B_p).sum(-1)
         dx[:, part] = dt_p * dinputs
@@ -225,56 +222,121 @@ def _backward_in_torch(dy, dfinal, x, dt, A, B, C, starts, resets):
         grouped = (*B[:, part].shape[:3], -1, B.shape[3])
         dB[:, part] = (grads * (x_p * dt_p)[..., None]).reshape(grouped).sum(3)
         dC[:, part] = (dy_p * states).reshape(grouped).sum(3)
+        if with_y:
+            y[:, part] = (states * C_p).sum(-1)
         carried = grads[:, 0] * decay[:, 0]
-    return dx, ddt, dA, dB, dC, carried
+    return dx, ddt, dA, dB, dC, carried, y
+
+
+def _forward(x, dt, A, B, C, D, z, dt_bias, initial_state, resets, dt_softplus, low, high):
+    """The scan on CPUs, and wherever there is no kernel: step size, skip and gate around one of the fast forms."""
+    state = _zero_state(x, A) if initial_state is None else initial_state.to(_state_dtype(x))
+    dt = step_size(dt, dt_bias, dt_softplus, (low, high), state.dtype)
+    compiled = _compiled() if x.device.type == "cpu" else None
+    y, final_state, starts = (compiled.forward if compiled else _forward_in_torch)(x, dt, A, B, C, state, resets)
+    if D is not None:
+        y.addcmul_(x.to(y.dtype), D.to(y.dtype))
+    if z is not None:
+        y *= F.silu(z.to(y.dtype))
+    return y.to(x.dtype), final_state, starts
+
+
+def _backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, resets, dt_softplus, low, high):
+    """Gradients of x, dt, A, B, C, of D, z, dt_bias where given, and of the initial state."""
+    dtype, inputs = starts.dtype, (x, dt, A, B, C, D, z, dt_bias)
+    dfinal = starts.new_zeros(x.shape[0], *A.shape) if dfinal is None else dfinal
+    dy = dy.to(dtype)
+    before_gate = dy
+    if z is not None:
+        z = z.to(dtype)
+        before_gate = F.silu(z).mul_(dy)
+    step = step_size(dt, dt_bias, dt_softplus, (low, high), dtype)
+    compiled = _compiled() if x.device.type == "cpu" else None
+    run = compiled.backward if compiled else _backward_in_torch
+    dx, ddt, dA, dB, dC, dinitial, y = run(before_gate, dfinal, x, step, A, B, C, starts, resets, z is not None)
+    dD = dz = dbias = None
+    if D is not None:
+        dx.addcmul_(before_gate, D.to(dtype))
+        dD = (before_gate * x).sum((0, 1))
+    if z is not None:
+        if D is not None:
+            y.addcmul_(x.to(dtype), D.to(dtype))
+        dz = torch.ops.aten.silu_backward(y.mul_(dy), z)
+    if dt_softplus and (low, high) == (0.0, math.inf):
+        ddt *= step.neg_().expm1_().neg_()  # 1 - exp(-softplus(v)) is the sigmoid of v
+    else:
+        raw = dt.to(dtype) if dt_bias is None else dt + dt_bias.to(dtype)
+        free = F.softplus(raw) if dt_softplus else raw
+        ddt *= (free >= low) & (free <= high)
+        if dt_softplus:
+            ddt *= raw.sigmoid()
+    if dt_bias is not None:
+        dbias = ddt.sum((0, 1))
+    gradients = zip((dx, ddt, dA, dB, dC, dD, dz, dbias), inputs, strict=True)
+    return [*(d.to(t.dtype) for d, t in gradients if t is not None), dinitial]
 
 
 @torch.library.custom_op("longseq::selective_scan", mutates_args=())
 def _scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, resets: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, e), the final state, and the states before every STEPS-th step (b, c, e, n). resets: (b, l) bool."""
-    state = _zero_state(x, A) if initial_state is None else initial_state.to(_state_dtype(x))
-    compiled = _compiled() if x.device.type == "cpu" else None
-    return (compiled.forward if compiled else _forward_in_torch)(x, dt, A, B, C, state, resets)
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, initial_state: Tensor | None, resets: Tensor | None, dt_softplus: bool, low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (b, l, e), the final state, and the states before every STEPS-th step (b, c, n, e). resets: (b, l) bool."""
+    return _forward(x, dt, A, B, C, D, z, dt_bias, initial_state, resets, dt_softplus, low, high)
+
+
+@_scan.register_kernel("cuda")
+def _(x, *arguments):
+    form = triton_form("selective_scan", x)
+    return (form.forward if form else _forward)(x, *arguments)
 
 
 @_scan.register_fake
-def _(x, dt, A, B, C, initial_state, resets):
-    dtype, (b, l, _) = _state_dtype(x), x.shape
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    return y, y.new_empty(b, *A.shape), y.new_empty(b, -(-l // STEPS), *A.shape)
+def _(x, dt, A, B, C, D, z, dt_bias, initial_state, resets, dt_softplus, low, high):
+    (b, l, e), n, dtype = x.shape, A.shape[1], _state_dtype(x)
+    final_state = x.new_empty(b, e, n, dtype=dtype)
+    return x.new_empty(b, l, e), final_state, x.new_empty(b, -(-l // STEPS), n, e, dtype=dtype)
 
 
 @torch.library.custom_op("longseq::selective_scan_backward", mutates_args=())
 def _scan_backward(
-    dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor,
-    resets: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, dt, A, B, C (in their dtypes) and of the initial state."""
-    compiled = _compiled() if x.device.type == "cpu" else None
-    run = compiled.backward if compiled else _backward_in_torch
-    *gradients, dinitial = run(dy, dfinal, x, dt, A, B, C, starts, resets)
-    dx, ddt, dA, dB, dC = (d.to(t.dtype) for d, t in zip(gradients, (x, dt, A, B, C), strict=True))
-    return dx, ddt, dA, dB, dC, dinitial
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, starts: Tensor, resets: Tensor | None, dt_softplus: bool, low: float,
+    high: float,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, dt, A, B, C, of D, z, dt_bias where given, in their dtypes, and of the initial state."""
+    return _backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, resets, dt_softplus, low, high)
+
+
+@_scan_backward.register_kernel("cuda")
+def _(dy, dfinal, x, *arguments):
+    form = triton_form("selective_scan", x)
+    return (form.backward if form else _backward)(dy, dfinal, x, *arguments)
 
 
 @_scan_backward.register_fake
-def _(dy, dfinal, x, dt, A, B, C, starts, resets):
-    shaped = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, A, B, C))
-    return (*shaped, torch.empty_like(starts[:, 0], memory_format=torch.contiguous_format))
+def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, resets, dt_softplus, low, high):
+    shaped = [x.new_empty(t.shape, dtype=t.dtype) for t in (x, dt, A, B, C, D, z, dt_bias) if t is not None]
+    return [*shaped, starts.new_empty(x.shape[0], *A.shape)]
 
 
 def _setup_context(ctx, inputs, output):
-    x, dt, A, B, C, initial_state, resets = inputs
+    *tensors, initial_state, resets, dt_softplus, low, high = inputs
+    ctx.options = dt_softplus, low, high
     ctx.state_dtype = None if initial_state is None else initial_state.dtype
-    ctx.save_for_backward(x, dt, A, B, C, output[2], resets)
+    ctx.set_materialize_grads(False)  # the final state is rarely used, and its gradient need not exist then
+    ctx.save_for_backward(*tensors, output[2], resets)
 
 
 def _autograd(ctx, dy, dfinal, dstarts):
-    x, dt, A, B, C, starts, resets = ctx.saved_tensors
-    *gradients, dinitial = _scan_backward(dy, dfinal, x, dt, A, B, C, starts, resets)
-    return *gradients, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), None
+    *tensors, starts, resets = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
+    *gradients, dinitial = _scan_backward(dy, dfinal, *tensors, starts, resets, *ctx.options)
+    given = iter(gradients)
+    gradients = [None if t is None else next(given) for t in tensors]
+    dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
+    return *gradients, dinitial, None, None, None, None
 
 
 _scan.register_autograd(_autograd, setup_context=_setup_context)

@@ -142,7 +142,7 @@ def _forward_task(x, dt, A, B, C, initial_state, resets, tiny, y, final_state, s
     for t in range(x.shape[1]):
         if t % STEPS == 0:
             _flush(h, tiny)
-            _copy_turned(starts[row, t // STEPS, low:high], h)
+            starts[row, t // STEPS, :, low:high] = h
         if resets.shape[1] > 0 and resets[row, t]:
             h[:] = 0
         for i in range(width):
@@ -191,10 +191,11 @@ def _recompute(u, dt, rates, B, resets, states, decays, row, group, t0):
 
 
 @_compiled()
-def _retreat(dy, u, dt, rates, B, C, resets, states, decays, du, through_decay, dA, dB, dC, row, group, part, t0):
+def _retreat(dy, u, dt, rates, B, C, resets, states, decays, du, through_decay, y, dA, dB, dC, row, group, part, t0):
     """Walks a stretch backwards. decays[k + 1] holds what flows back from step k + 1; decays[0] leaves the stretch.
 
-    du is the gradient of u = dt x, through_decay that of dt through the decay; dA, dB and dC are added to.
+    du is the gradient of u = dt x, through_decay that of dt through the decay; y is the output once more, if it has
+    room; dA, dB and dC are added to.
     """
     n, width = rates.shape
     for k in range(u.shape[0] - 1, -1, -1):
@@ -202,6 +203,13 @@ def _retreat(dy, u, dt, rates, B, C, resets, states, decays, du, through_decay, 
         for i in range(width):
             du[k, i] = 0
             through_decay[k, i] = 0
+        if y.shape[0] > 0:
+            for i in range(width):
+                y[k, i] = 0
+            for j in range(n):
+                c = C[row, t0 + k, group, j]
+                for i in range(width):
+                    y[k, i] += states[k + 1, j, i] * c
         for j in range(n):
             b, c = B[row, t0 + k, group, j], C[row, t0 + k, group, j]
             for i in range(width):
@@ -224,7 +232,7 @@ def _retreat(dy, u, dt, rates, B, C, resets, states, decays, du, through_decay, 
 
 @_compiled()
 def _backward_task(
-    dy, dfinal, x, dt, A, B, C, starts, resets, tiny, dx, ddt, dA, dB, dC, dinitial, row, group, part, low, high
+    dy, dfinal, x, dt, A, B, C, starts, resets, tiny, dx, ddt, y, dA, dB, dC, dinitial, row, group, part, low, high
 ):  # fmt: skip
     """Channels low to high of one row of the batch and one group."""
     l, n, width = x.shape[1], B.shape[3], high - low
@@ -234,6 +242,7 @@ def _backward_task(
     dy_part, dt_part = np.empty((STEPS, width), x.dtype), np.empty((STEPS, width), x.dtype)
     u, du = np.empty((STEPS, width), x.dtype), np.empty((STEPS, width), x.dtype)
     through_decay = np.empty((STEPS, width), x.dtype)
+    y_part = np.empty((STEPS if y.shape[0] > 0 else 0, width), x.dtype)
     _copy_turned(rates, A[low:high])
     _copy_turned(carried, dfinal[row, low:high])
     for stretch in range(starts.shape[1] - 1, -1, -1):
@@ -244,7 +253,7 @@ def _backward_task(
                 dy_part[k, i] = dy[row, t0 + k, low + i]
                 dt_part[k, i] = dt[row, t0 + k, low + i]
                 u[k, i] = x[row, t0 + k, low + i] * dt[row, t0 + k, low + i]
-        _copy_turned(states[0], starts[row, stretch, low:high])
+        states[0] = starts[row, stretch, :, low:high]
         _recompute(u[:steps], dt_part, rates, B, resets, states, decays, row, group, t0)
         _flush(carried, tiny)
         for j in range(n):
@@ -252,8 +261,8 @@ def _backward_task(
                 decays[steps, j, i] = carried[j, i]
                 dA_stretch[j, i] = 0
         _retreat(
-            dy_part, u[:steps], dt_part, rates, B, C, resets, states, decays, du, through_decay, dA_stretch, dB, dC,
-            row, group, part, t0,
+            dy_part, u[:steps], dt_part, rates, B, C, resets, states, decays, du, through_decay, y_part, dA_stretch,
+            dB, dC, row, group, part, t0,
         )  # fmt: skip
         for j in range(n):
             for i in range(width):
@@ -263,19 +272,22 @@ def _backward_task(
             for i in range(width):
                 dx[row, t0 + k, low + i] = dt_part[k, i] * du[k, i]
                 ddt[row, t0 + k, low + i] = through_decay[k, i] + x[row, t0 + k, low + i] * du[k, i]
+        for k in range(min(steps, y_part.shape[0])):
+            for i in range(width):
+                y[row, t0 + k, low + i] = y_part[k, i]
     _copy_turned(dA[row, low:high], dA_total)
     _copy_turned(dinitial[row, low:high], carried)
 
 
 @_compiled(parallel=True)
-def _backward(dy, dfinal, x, dt, A, B, C, starts, resets, tiny, parts, dx, ddt, dA, dB, dC, dinitial):
+def _backward(dy, dfinal, x, dt, A, B, C, starts, resets, tiny, parts, dx, ddt, y, dA, dB, dC, dinitial):
     groups, per_group = B.shape[2], x.shape[2] // B.shape[2]
     for task in numba.prange(x.shape[0] * groups * parts):
         row, group, first, last, part = _channels(task, parts, per_group, groups)
         for low in range(first, last, _BLOCK):
             high = min(low + _BLOCK, last)
             _backward_task(
-                dy, dfinal, x, dt, A, B, C, starts, resets, tiny, dx, ddt, dA, dB, dC, dinitial, row, group, part,
+                dy, dfinal, x, dt, A, B, C, starts, resets, tiny, dx, ddt, y, dA, dB, dC, dinitial, row, group, part,
                 low, high,
             )  # fmt: skip
 
@@ -303,11 +315,11 @@ def _parts(b: int, e: int, groups: int) -> int:
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, resets: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, e), the final state (b, e, n) and the states before every STEPS-th step (b, c, e, n)."""
-    dtype, (b, l, e) = initial_state.dtype, x.shape
+    """y (b, l, e), the final state (b, e, n) and the states before every STEPS-th step (b, c, n, e)."""
+    dtype, (b, l, e), n = initial_state.dtype, x.shape, A.shape[1]
     y = torch.empty(b, l, e, dtype=dtype)
     final_state = torch.empty(initial_state.shape, dtype=dtype)
-    starts = torch.empty(b, -(-l // STEPS), *initial_state.shape[1:], dtype=dtype)
+    starts = torch.empty(b, -(-l // STEPS), n, e, dtype=dtype)
     inputs = _arrays(dtype, x, dt, A, B, C, initial_state)
     outputs = [t.numpy() for t in (y, final_state, starts)]
     _forward(*inputs, _resets(resets, b), _tiny(dtype), _parts(b, e, B.shape[2]), *outputs)
@@ -316,17 +328,18 @@ def forward(
 
 def backward(
     dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor,
-    resets: Tensor | None,
+    resets: Tensor | None, with_y: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x, dt, A, B, C and the initial state, in the states' dtype."""
+    """Gradients of x, dt, A, B, C and the initial state, and y again (empty if not wanted), in the states' dtype."""
     dtype, (b, l, e) = starts.dtype, x.shape
     parts = _parts(b, e, B.shape[2])
     dx, ddt = torch.empty(b, l, e, dtype=dtype), torch.empty(b, l, e, dtype=dtype)
+    y = torch.empty(b if with_y else 0, l, e, dtype=dtype)
     dA = torch.empty(b, *A.shape, dtype=dtype)
     dB, dC = torch.zeros(parts, *B.shape, dtype=dtype), torch.zeros(parts, *B.shape, dtype=dtype)
     dinitial = torch.empty(dfinal.shape, dtype=dtype)
     inputs = _arrays(dtype, dy, dfinal, x, dt, A, B, C, starts)
-    outputs = [t.numpy() for t in (dx, ddt, dA, dB, dC, dinitial)]
+    outputs = [t.numpy() for t in (dx, ddt, y, dA, dB, dC, dinitial)]
     _backward(*inputs, _resets(resets, b), _tiny(dtype), parts, *outputs)
     dB, dC = (t[0] if parts == 1 else t.sum(0) for t in (dB, dC))
-    return dx, ddt, dA.sum(0), dB, dC, dinitial
+    return dx, ddt, dA.sum(0), dB, dC, dinitial, y

@@ -1,5 +1,6 @@
 """The selective scan: its fast forms are the definition; packing, splitting and stepping change nothing."""
 
+import importlib
 import itertools
 import math
 
@@ -192,6 +193,47 @@ def test_narrow_inputs_cost_no_more_than_their_own_rounding(dtype):
     assert got["y"].dtype == dtype
 
 
+@pytest.mark.parametrize(
+    ("shape", "given", "packed", "options"),
+    [
+        ({"l": 21, "e": 8, "n": 5, "g": 2}, ("D", "z", "dt_bias", "initial_state"), True, (True, 0.0, math.inf)),
+        ({"l": 9, "e": 4, "n": 4, "g": 1, "b": 1}, ("z",), False, (True, 0.1, 1.0)),
+        ({"l": 16, "e": 36, "n": 3, "g": 1, "b": 1}, ("D", "initial_state"), False, (False, 0.0, math.inf)),
+        ({"l": 3, "e": 4, "n": 5, "g": 1, "b": 1}, (), False, (True, 0.0, math.inf)),
+    ],
+)
+def test_the_triton_form_agrees_with_float64(monkeypatch, shape, given, packed, options):
+    """Error <= 2 x (float32 recurrence's error + one rounding), outputs and gradients; in Triton's interpreter."""
+    triton = importlib.import_module("seqmodels.kernels.selective_scan_triton")
+    monkeypatch.setattr(triton, "STEPS", 8)  # several segments after few steps
+    arguments = {k: v.detach() for k, v in make(**shape, dtype=torch.float32).items()}
+    for name in ("D", "z", "dt_bias", "initial_state"):
+        if name not in given:
+            arguments[name] = None
+    arguments["z"] = None if arguments["z"] is None else torch.cat([arguments["z"]] * 2, -1)[..., : shape["e"]]
+    seq_idx = torch.arange(shape["l"]).mul(5).div(shape["l"]).int().expand(arguments["x"].shape[:2]) if packed else None
+    resets = None if seq_idx is None else module.starts_of_sequences(seq_idx)
+    dy = torch.randn(arguments["x"].shape, generator=torch.Generator().manual_seed(1))
+
+    def expected(dtype):
+        leaves = {k: v.to(dtype).requires_grad_() for k, v in arguments.items() if v is not None}
+        y, state = selective_scan_reference(
+            **leaves, dt_softplus=options[0], dt_limit=options[1:], seq_idx=seq_idx
+        )  # fmt: skip
+        loss = (y * dy).sum() + state.square().sum() / 2
+        return [y, state, *torch.autograd.grad(loss, list(leaves.values()))]
+
+    *tensors, initial_state = arguments.values()
+    y, state, starts = triton.forward(*tensors, initial_state, resets, *options)
+    gradients = triton.backward(dy, state, *tensors, starts, resets, *options)
+    if initial_state is None:
+        gradients.pop()
+    want = expected(torch.float64)
+    for got, exact, same in zip([y, state, *gradients], want, expected(torch.float32), strict=True):
+        error, budget = ((t.double() - exact).norm() / exact.norm() for t in (got, same))
+        assert error <= 2 * (budget + torch.finfo(torch.float32).eps)
+
+
 def test_the_compiled_exponential_is_accurate_and_keeps_nan():
     from seqmodels.kernels.selective_scan_cpu import _exp_float32
 
@@ -217,9 +259,10 @@ def test_a_state_that_decays_away_becomes_zero_instead_of_slow():
 def test_the_operator_is_well_formed():
     a = {k: v.detach().requires_grad_() for k, v in make(b=1, l=70, e=2, n=2, g=1).items()}
     resets = torch.zeros(1, 70, dtype=torch.bool)
-    inputs = (a["x"], a["dt"].detach().exp().requires_grad_(), a["A"], a["B"], a["C"], a["initial_state"], resets)
-    checks = torch.library.opcheck(torch.ops.longseq.selective_scan.default, inputs)
-    assert set(checks.values()) == {"SUCCESS"}
+    needed, optional = (a["x"], a["dt"], a["A"], a["B"], a["C"]), (a["D"], a["z"], a["dt_bias"], a["initial_state"])
+    for inputs in ((*needed, *optional, resets, True, 0.0, math.inf), (*needed, *[None] * 5, False, 0.01, 2.0)):
+        checks = torch.library.opcheck(torch.ops.longseq.selective_scan.default, inputs)
+        assert set(checks.values()) == {"SUCCESS"}
 
 
 def test_the_scan_works_within_a_compiled_graph():

@@ -1,0 +1,691 @@
+"""The selective scan on NVIDIA GPUs, in Triton: three kernels forward, four backward, no atomics.
+
+Time is cut into segments. Forward, `_walk` first finds for every segment the state at its end when it starts from zero,
+and the sum of dt over it; since the decay over a segment is exp(A sum dt), `_chain` turns these into the state before
+every segment; a second `_walk` starts from there and writes y. A program of one warp holds the states of its channels
+in registers, all n of a channel in one thread, so that the sum over n needs no other thread.
+
+Backward, `_walk_back` and `_chain` do the same for the adjoint, and `_gradients` takes a segment from its last chunk of
+STEPS steps to its first. It knows the state before the chunk (stored forward) and the adjoint after it. It walks the
+chunk forward and notes the state before every TURN steps in a scratch that stays in cache; then, block by block from
+the last, it recomputes TURN states and decays into registers and walks them backwards. Here a warp is laid out as 4 n
+by 8 channels, with several of both per thread, since dB and dC are sums over channels and y, dx, ddt sums over n.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+STEPS = 64  # as in selective_scan.py
+FIRST, SECOND, BACK = (32, 4, None), (32, 4, 160), (32, 4, None)
+TURN = 4
+TILE = 16
+ROWS = 8
+PROGRAMS = 8
+SEG_F, SEG_B = 16, 4
+MAXREG = None
+LOG2E = tl.constexpr(1 / math.log(2))
+
+
+@triton.jit
+def _softplus(v):
+    """log(1 + exp(v)) to float32's relative precision: log1p(w) = w p(w), with p fitted on [0, 1] to 5e-9."""
+    w = tl.exp2(-tl.abs(v) * LOG2E)
+    p = w * -0.003244021118 + 0.01985144407
+    p = p * w - 0.05695949988
+    p = p * w + 0.106036514
+    p = p * w - 0.1530559051
+    p = p * w + 0.1967593854
+    p = p * w - 0.2495413352
+    p = p * w + 0.333299624
+    p = p * w - 0.4999990242
+    p = p * w + 0.9999999953
+    return tl.maximum(v, 0.0) + w * p
+
+
+@triton.jit
+def _sigmoid(v):
+    return 1.0 / (1.0 + tl.exp2(-v * LOG2E))
+
+
+@triton.jit
+def _step_size(raw, low, high, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr):
+    dt = _softplus(raw) if SOFTPLUS else raw
+    if LIMITED:
+        dt = tl.minimum(tl.maximum(dt, low), high)
+    return dt
+
+
+@triton.jit
+def _load(p, mask):
+    return tl.load(p) if mask is None else tl.load(p, mask, 0.0)
+
+
+@triton.jit
+def _channels(block, e, per_group, blocks, n, N: tl.constexpr, E: tl.constexpr):
+    """Of a channel block: its group, channels (E,), which of them exist, and states (N, E) in a tensor (n, e)."""
+    group = block // blocks
+    within = (block % blocks) * E + tl.arange(0, E)
+    return group, group * per_group + within, within < per_group
+
+
+@triton.jit(do_not_specialize=["l", "one", "segments", "per_segment"])
+def _walk(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, initial_ptr, resets_ptr,
+    starts_ptr, total_ptr, y_ptr, final_ptr,
+    l, e, n, one, per_group, blocks, all_blocks, segments, per_segment, chunks, low, high,
+    x_b, x_l, dt_b, dt_l, z_b, z_l, B_b, B_l, B_g, C_b, C_l, C_g,
+    N: tl.constexpr, E: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr, OUTPUT: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, EVEN_E: tl.constexpr, EVEN_L: tl.constexpr,
+):  # fmt: skip
+    """Walks a segment forward. Without OUTPUT: from zero, to its end state and sum of dt; with it: from the true start.
+
+    `one` is 1, but the compiler must not know: it would give a thread neighbouring channels, and shuffle.
+    """
+    pid = tl.program_id(0)
+    walked = segments if OUTPUT else segments - 1
+    segment = (pid // all_blocks) % walked
+    i_b = (pid // all_blocks // walked).to(tl.int64)
+    group, o_e, m_e = _channels(pid % all_blocks, e, per_group, blocks, n, N, E)
+    o_n = tl.arange(0, N)
+    m_n = o_n < n
+    o_h = o_n[None, :] * e + o_e[:, None] * one
+    m_h = m_e[:, None] & m_n[None, :]
+    A = tl.load(A_ptr + o_e[:, None] * n + o_n[None, :] * one, m_h, 0.0).to(tl.float32) * LOG2E
+    bias = tl.zeros([E], tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + o_e * one, m_e, 0.0).to(tl.float32)
+    first = segment.to(tl.int64) * per_segment * STEPS
+    p_e = o_e * one
+    p_x = x_ptr + i_b * x_b + first * x_l
+    p_dt = dt_ptr + i_b * dt_b + first * dt_l
+    p_B = B_ptr + i_b * B_b + first * B_l + group * B_g
+    starts_ptr += (i_b * chunks + segment * per_segment) * n * e
+    h = tl.zeros([E, N], tl.float32)
+    if OUTPUT:
+        p_C = C_ptr + i_b * C_b + first * C_l + group * C_g
+        p_y = y_ptr + (i_b * l + first) * e
+        if z_ptr is not None:
+            p_z = z_ptr + i_b * z_b + first * z_l
+        if D_ptr is not None:
+            D = tl.load(D_ptr + p_e, m_e, 0.0).to(tl.float32)
+        if segment > 0:
+            h = tl.load(starts_ptr + o_h, m_h, 0.0)
+        elif initial_ptr is not None:
+            h = tl.load(initial_ptr + (i_b * e + o_e[:, None]) * n + o_n[None, :] * one, m_h, 0.0).to(tl.float32)
+    else:
+        total = tl.zeros([E], tl.float32)
+        p_total = total_ptr + (i_b * segments + segment) * e + p_e
+        pin = m_e & (l < 0)  # a store that never happens, which loads cannot be moved past: all are under way at once
+    steps = tl.minimum(per_segment * STEPS, l - first).to(tl.int32)
+    for chunk in range(0, steps, STEPS):
+        if OUTPUT:
+            tl.store(starts_ptr + chunk // STEPS * n * e + o_h, h, m_h)
+        for t in range(chunk, tl.minimum(chunk + STEPS, steps), K):
+            xs, dts, Bs, Cs, zs = (), (), (), (), ()
+            for k in tl.static_range(K):
+                here = None if EVEN_E else m_e
+                row = m_n
+                if not EVEN_L:
+                    here = m_e & (t + k < steps)
+                    row = m_n & (t + k < steps)
+                xs += (_load(p_x + k * x_l + p_e, here),)
+                dts += (_load(p_dt + k * dt_l + p_e, here),)
+                Bs += (_load(p_B + k * B_l + o_n, row),)
+                if OUTPUT:
+                    Cs += (_load(p_C + k * C_l + o_n, row),)
+                    if z_ptr is not None:
+                        zs += (_load(p_z + k * z_l + p_e, here),)
+            for k in tl.static_range(K):
+                x = xs[k].to(tl.float32)
+                dt = _step_size(dts[k].to(tl.float32) + bias, low, high, SOFTPLUS, LIMITED)
+                if not EVEN_L:
+                    dt = tl.where(t + k < steps, dt, 0.0)
+                if resets_ptr is not None:
+                    if t + k < steps:
+                        h = tl.where(tl.load(resets_ptr + i_b * l + first + t + k) != 0, 0.0, h)
+                h = h * tl.exp2(dt[:, None] * A) + (dt * x)[:, None] * Bs[k].to(tl.float32)[None, :]
+                if OUTPUT:
+                    y = tl.sum(h * Cs[k].to(tl.float32)[None, :], 1)
+                    if D_ptr is not None:
+                        y += D * x
+                    if z_ptr is not None:
+                        z = zs[k].to(tl.float32)
+                        y = y * z * _sigmoid(z)
+                    here = None if EVEN_E else m_e
+                    if not EVEN_L:
+                        here = m_e & (t + k < steps)
+                    tl.store(p_y + k * e + p_e, y.to(y_ptr.dtype.element_ty), here)
+                else:
+                    total += dt
+                    if k == 0:
+                        tl.store(p_total, total, pin)
+            p_x += K * x_l
+            p_dt += K * dt_l
+            p_B += K * B_l
+            if OUTPUT:
+                p_C += K * C_l
+                p_y += K * e
+                if z_ptr is not None:
+                    p_z += K * z_l
+    if OUTPUT:
+        if segment == segments - 1:
+            tl.store(final_ptr + (i_b * e + o_e[:, None]) * n + o_n[None, :] * one, h, m_h)
+    else:
+        tl.store(starts_ptr + per_segment * n * e + o_h, h, m_h)
+        tl.store(p_total, total, m_e)
+
+
+@triton.jit
+def _combine(decay_1, value_1, decay_2, value_2):
+    return decay_1 * decay_2, decay_2 * value_1 + value_2
+
+
+@triton.jit(do_not_specialize=["segments", "row", "one"])
+def _chain(
+    values_ptr, total_ptr, A_ptr, initial_ptr, broken_ptr,
+    e, n, segments, row, column_blocks, batch_stride,
+    REVERSE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Turns what each segment adds to the state into the state that enters each segment, in place.
+
+    Segment s holds its row at s * row. Forward, row s comes to hold the state before segment s: it finds there what
+    segment s - 1 adds, and that segment's decay is exp(A total). In reverse, s counts from the last segment.
+    """
+    i_b = (tl.program_id(0) // column_blocks).to(tl.int64)
+    j = (tl.program_id(0) % column_blocks) * COLS + tl.arange(0, COLS)
+    inside = j < n * e
+    o_n, o_e = j // e, j % e
+    A = tl.load(A_ptr + o_e * n + o_n, inside, 0.0).to(tl.float32) * LOG2E
+    state = tl.zeros([COLS], tl.float32)
+    if initial_ptr is not None:
+        state = tl.load(initial_ptr + (i_b * e + o_e) * n + o_n, inside, 0.0).to(tl.float32)
+    values_ptr += i_b * batch_stride
+    first = segments - 1 if REVERSE else 0
+    tl.store(values_ptr + (first * row).to(tl.int64) * n * e + j, state, inside)
+    o_r = tl.arange(0, ROWS)
+    for base in range(1, segments, ROWS):
+        s = base + o_r
+        here = (s < segments)[:, None] & inside[None, :]
+        before = s - 1
+        if REVERSE:
+            before = segments - s
+            s = segments - 1 - s
+        pointers = values_ptr + (s * row).to(tl.int64)[:, None] * n * e + j[None, :]
+        value = tl.load(pointers, here, 0.0)
+        total = tl.load(total_ptr + (i_b * segments + before)[:, None] * e + o_e[None, :], here, 0.0)
+        decay = tl.exp2(total * A[None, :])
+        if broken_ptr is not None:
+            broken = tl.load(broken_ptr + i_b * segments + before, base + o_r < segments, 0)
+            decay = tl.where((broken != 0)[:, None], 0.0, decay)
+            value += tl.where((o_r == 0)[:, None] & (broken == 0)[:, None], decay * state[None, :], 0.0)
+        else:
+            value += tl.where((o_r == 0)[:, None], decay * state[None, :], 0.0)
+        _, value = tl.associative_scan((decay, value), 0, _combine)
+        tl.store(pointers, value, here)
+        state = tl.sum(tl.where((o_r == ROWS - 1)[:, None], value, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=["l", "one", "segments", "per_segment"])
+def _walk_back(
+    dy_ptr, dt_ptr, A_ptr, C_ptr, z_ptr, bias_ptr, resets_ptr, carries_ptr, total_ptr,
+    l, e, n, one, per_group, blocks, all_blocks, segments, per_segment, low, high,
+    dy_b, dy_l, dt_b, dt_l, z_b, z_l, C_b, C_l, C_g,
+    N: tl.constexpr, E: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, EVEN_E: tl.constexpr, EVEN_L: tl.constexpr,
+):  # fmt: skip
+    """Walks segments 1, 2, ... backwards from adjoint zero, to what leaves their first step, and their sums of dt."""
+    pid = tl.program_id(0)
+    segment = (pid // all_blocks) % (segments - 1) + 1
+    i_b = (pid // all_blocks // (segments - 1)).to(tl.int64)
+    group, o_e, m_e = _channels(pid % all_blocks, e, per_group, blocks, n, N, E)
+    o_n = tl.arange(0, N)
+    m_n = o_n < n
+    m_h = m_e[:, None] & m_n[None, :]
+    p_e = o_e * one
+    A = tl.load(A_ptr + o_e[:, None] * n + o_n[None, :] * one, m_h, 0.0).to(tl.float32) * LOG2E
+    bias = tl.zeros([E], tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + p_e, m_e, 0.0).to(tl.float32)
+    first = segment.to(tl.int64) * per_segment * STEPS
+    steps = tl.minimum(per_segment * STEPS, l - first).to(tl.int32)
+    last = first + (tl.cdiv(steps, K) - 1) * K
+    p_dy = dy_ptr + i_b * dy_b + last * dy_l
+    p_dt = dt_ptr + i_b * dt_b + last * dt_l
+    p_C = C_ptr + i_b * C_b + last * C_l + group * C_g
+    if z_ptr is not None:
+        p_z = z_ptr + i_b * z_b + last * z_l
+    carry = tl.zeros([E, N], tl.float32)
+    total = tl.zeros([E], tl.float32)
+    p_total = total_ptr + (i_b * segments + segment) * e + p_e
+    pin = m_e & (l < 0)
+    for back in range(0, steps, K):
+        t = (tl.cdiv(steps, K) - 1) * K - back
+        dys, dts, Cs, zs = (), (), (), ()
+        for k in tl.static_range(K):
+            here = None if EVEN_E else m_e
+            row = m_n
+            if not EVEN_L:
+                here = m_e & (t + k < steps)
+                row = m_n & (t + k < steps)
+            dys += (_load(p_dy + k * dy_l + p_e, here),)
+            dts += (_load(p_dt + k * dt_l + p_e, here),)
+            Cs += (_load(p_C + k * C_l + o_n, row),)
+            if z_ptr is not None:
+                zs += (_load(p_z + k * z_l + p_e, here),)
+        for k in tl.static_range(K - 1, -1, -1):
+            dy = dys[k].to(tl.float32)
+            if z_ptr is not None:
+                z = zs[k].to(tl.float32)
+                dy = dy * z * _sigmoid(z)
+            dt = _step_size(dts[k].to(tl.float32) + bias, low, high, SOFTPLUS, LIMITED)
+            if not EVEN_L:
+                dt = tl.where(t + k < steps, dt, 0.0)
+            total += dt
+            if k == K - 1:
+                tl.store(p_total, total, pin)
+            carry = (carry + dy[:, None] * Cs[k].to(tl.float32)[None, :]) * tl.exp2(dt[:, None] * A)
+            if resets_ptr is not None:
+                if t + k < steps:
+                    carry = tl.where(tl.load(resets_ptr + i_b * l + first + t + k) != 0, 0.0, carry)
+        p_dy -= K * dy_l
+        p_dt -= K * dt_l
+        p_C -= K * C_l
+        if z_ptr is not None:
+            p_z -= K * z_l
+    o_h = o_n[None, :] * e + o_e[:, None] * one
+    tl.store(carries_ptr + (i_b * segments + segment - 1) * n * e + o_h, carry, m_h)
+    tl.store(p_total, total, m_e)
+
+
+@triton.jit
+def _operands(s_dt, s_u, p_B, B_l, e_row, n_row, m_row, t0, left, T: tl.constexpr, E: tl.constexpr):
+    """What the state of steps t0 to t0 + T needs."""
+    dts, us, Bs = (), (), ()
+    for k in tl.static_range(T):
+        dts += (tl.load(s_dt + (t0 + k) * E + e_row),)
+        us += (tl.load(s_u + (t0 + k) * E + e_row),)
+        Bs += (tl.load(p_B + (t0 + k) * B_l + n_row, m_row & (t0 + k < left), 0.0),)
+    return dts, us, Bs
+
+
+@triton.jit
+def _operands_back(s_dt, s_u, s_dy, p_B, p_C, B_l, C_l, e_row, n_row, m_row, t, left, E: tl.constexpr):
+    """What the adjoint of step t needs."""
+    m_t = m_row & (t < left)
+    dt, u, dy = tl.load(s_dt + t * E + e_row), tl.load(s_u + t * E + e_row), tl.load(s_dy + t * E + e_row)
+    return dt, u, dy, tl.load(p_B + t * B_l + n_row, m_t, 0.0), tl.load(p_C + t * C_l + n_row, m_t, 0.0)
+
+
+@triton.jit(do_not_specialize=["l", "one", "segments", "per_segment", "tasks", "parts"])
+def _gradients(
+    dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, resets_ptr, starts_ptr, carries_ptr,
+    scratch_ptr, dx_ptr, ddt_ptr, dz_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dinitial_ptr,
+    b, l, e, n, one, per_group, blocks, groups, segments, per_segment, chunks, tasks, parts, blocks_per_part, low, high,
+    dy_b, dy_l, x_b, x_l, dt_b, dt_l, z_b, z_l, B_b, B_l, B_g, C_b, C_l, C_g,
+    NH: tl.constexpr, NL: tl.constexpr, EH: tl.constexpr, EL: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
+    STEPS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
+):  # fmt: skip
+    """All gradients of a segment of time and a part of a group's channels, one channel block after the other.
+
+    Segments' dA goes where their incoming adjoint was. The scratch of a program: the states before every T steps, and
+    arrays over a chunk's steps, (STEPS, E): dt, u = dt x, dy silu(z), y, of which the walk back replaces the second and
+    third by the gradients of u and of dt through the decay; (STEPS, N): dB, dC.
+    """
+    E: tl.constexpr = EH * EL
+    N: tl.constexpr = NH * NL
+    BLOCKS: tl.constexpr = STEPS // T
+    program = tl.program_id(0)
+    notes_ptr = scratch_ptr + program.to(tl.int64) * (BLOCKS * N * E + 4 * STEPS * E + 2 * STEPS * N)
+    s_dt = notes_ptr + BLOCKS * N * E
+    s_u = s_dt + STEPS * E
+    s_dy = s_u + STEPS * E
+    s_y = s_dy + STEPS * E
+    s_dB = s_y + STEPS * E
+    s_dC = s_dB + STEPS * N
+    # A tile of states is [e_low, n_low, e_high, n_high]: lanes 8 channels by 4 n, the rest within a thread. Tensors of
+    # channels are loaded as [e_low, n_low, e_high] and tensors of n as [e_low, n_low, n_high], each with one dimension
+    # in vain, so that they come as the tile needs them; 64 bits, so that constant offsets become part of instructions.
+    e_low, n_low = tl.arange(0, EL).to(tl.int64) * EH * one, tl.arange(0, NL).to(tl.int64) * NH * one
+    e_high, n_high = tl.arange(0, EH).to(tl.int64), tl.arange(0, NH).to(tl.int64)
+    e_tile = e_low[:, None, None, None] + e_high[None, None, :, None]
+    n_tile = n_low[None, :, None, None] + n_high[None, None, None, :]
+    o_tile = n_tile * E + e_tile
+    e_row = e_low[:, None, None] + e_high[None, None, :] + tl.zeros([1, NL, 1], tl.int64)
+    n_row = n_low[None, :, None] + n_high[None, None, :] + tl.zeros([EL, 1, 1], tl.int64)
+    m_row = n_row < n
+    # Beside the walks, R steps at a time are a tile [e / 4, step, 4]: 8 lanes along the channels, 4 along time.
+    c_e = (
+        (tl.arange(0, E // 4) * 4 * one)[:, None, None] + tl.arange(0, 4)[None, None, :] + tl.zeros([1, R, 1], tl.int32)
+    )
+    c_r = tl.arange(0, R)[None, :, None]
+    o_sums = tl.arange(0, STEPS)[:, None] * N + tl.arange(0, N)[None, :]
+    never = l < 0  # loads are not moved down past a store, even one that never happens: all are under way at once
+    for task in range(program, tasks, tl.num_programs(0)):
+        part = task % parts
+        group = part // (parts // groups)
+        segment = (task // parts) % segments
+        i_b = (task // parts // segments).to(tl.int64)
+        low_block = (part % (parts // groups)) * blocks_per_part
+        high_block = tl.minimum(low_block + blocks_per_part, blocks)
+        first = segment.to(tl.int64) * per_segment * STEPS
+        steps = tl.minimum(per_segment * STEPS, l - first).to(tl.int32)
+        sums = (((part % (parts // groups)) * b + i_b) * l + first) * groups * n + group * n
+        for block in range(low_block, high_block):
+            first_e = group * per_group + block * E
+            c_in = block * E + c_e < per_group
+            e_all = group * per_group + block * E + e_tile
+            m_tile = (block * E + e_tile < per_group) & (n_tile < n)
+            A = tl.load(A_ptr + e_all * n + n_tile, m_tile, 0.0).to(tl.float32) * LOG2E
+            o_state = n_tile * e + e_all
+            p_carry = carries_ptr + (i_b * segments + segment) * n * e + o_state
+            carry = tl.load(p_carry, m_tile, 0.0)
+            dA = tl.zeros([EL, NL, EH, NH], tl.float32)
+            dbias = tl.zeros([E // 4, 4], tl.float32)
+            dD = tl.zeros([E // 4, 4], tl.float32)
+            for back in range(0, steps, STEPS):
+                chunk = (tl.cdiv(steps, STEPS) - 1) * STEPS - back
+                for r in range(0, STEPS, R):
+                    row = first + chunk + r
+                    m_s = c_in & (chunk + r + c_r < steps)
+                    raw = tl.load(dt_ptr + i_b * dt_b + row * dt_l + first_e + (c_e + c_r * dt_l), m_s, 0.0).to(
+                        tl.float32
+                    )
+                    x = tl.load(x_ptr + i_b * x_b + row * x_l + first_e + (c_e + c_r * x_l), m_s, 0.0).to(tl.float32)
+                    dy = tl.load(dy_ptr + i_b * dy_b + row * dy_l + first_e + (c_e + c_r * dy_l), m_s, 0.0).to(
+                        tl.float32
+                    )
+                    if bias_ptr is not None:
+                        raw += tl.load(bias_ptr + first_e + c_e, c_in, 0.0).to(tl.float32)
+                    if z_ptr is not None:
+                        z = tl.load(z_ptr + i_b * z_b + row * z_l + first_e + (c_e + c_r * z_l), m_s, 0.0).to(
+                            tl.float32
+                        )
+                        dy = dy * z * _sigmoid(z)
+                    dt = tl.where(m_s, _step_size(raw, low, high, SOFTPLUS, LIMITED), 0.0)
+                    tl.store(s_dt + r * E + (c_e + c_r * E), dt)
+                    tl.store(s_u + r * E + (c_e + c_r * E), dt * x)
+                    tl.store(s_dy + r * E + (c_e + c_r * E), dy)
+                tl.debug_barrier()
+
+                p_B = B_ptr + i_b * B_b + (first + chunk) * B_l + group * B_g
+                p_C = C_ptr + i_b * C_b + (first + chunk) * C_l + group * C_g
+                o_start = (i_b * chunks + segment * per_segment + chunk // STEPS) * n * e
+                h = tl.load(starts_ptr + o_start + o_state, m_tile, 0.0)
+                tl.store(notes_ptr + o_tile, h)
+                dts, us, Bs = _operands(s_dt, s_u, p_B, B_l, e_row, n_row, m_row, 0, steps - chunk, T, E)
+                for i in range(0, BLOCKS - 1):
+                    t0 = i * T
+                    dts_next, us_next, Bs_next = _operands(
+                        s_dt, s_u, p_B, B_l, e_row, n_row, m_row, t0 + T, steps - chunk, T, E
+                    )
+                    for k in tl.static_range(T):
+                        if resets_ptr is not None:
+                            if chunk + t0 + k < steps:
+                                h = tl.where(tl.load(resets_ptr + i_b * l + first + chunk + t0 + k) != 0, 0.0, h)
+                        h = h * tl.exp2(dts[k][:, :, :, None] * A)
+                        h += us[k][:, :, :, None] * Bs[k].to(tl.float32)[:, :, None, :]
+                    tl.store(notes_ptr + (i + 1) * N * E + o_tile, h)
+                    dts, us, Bs = dts_next, us_next, Bs_next
+                for i in range(0, BLOCKS):
+                    t0 = (BLOCKS - 1 - i) * T
+                    h = tl.load(notes_ptr + (BLOCKS - 1 - i) * N * E + o_tile)
+                    dts, us, Bs = _operands(s_dt, s_u, p_B, B_l, e_row, n_row, m_row, t0, steps - chunk, T, E)
+                    dt_t, u_t, dy_t, B_t, C_t = _operands_back(
+                        s_dt, s_u, s_dy, p_B, p_C, B_l, C_l, e_row, n_row, m_row, t0 + T - 1, steps - chunk, E
+                    )
+                    tl.store(s_y + e_row, dts[0], never)
+                    states, before, decays, cuts = (), (), (), ()
+                    for k in tl.static_range(T):
+                        states += (h,)
+                        if resets_ptr is not None:
+                            here = chunk + t0 + k < steps
+                            cut = tl.load(resets_ptr + i_b * l + first + chunk + t0 + k, here, 0) != 0
+                            h = tl.where(cut, 0.0, h)
+                            cuts += (cut,)
+                        before += (h,)
+                        decays += (tl.exp2(dts[k][:, :, :, None] * A),)
+                        h = h * decays[k] + us[k][:, :, :, None] * Bs[k].to(tl.float32)[:, :, None, :]
+                    for k in tl.static_range(T - 1, -1, -1):
+                        t = t0 + k
+                        dt_k, u_k, dy_k = dt_t[:, :, :, None], u_t[:, :, :, None], dy_t[:, :, :, None]
+                        B_k, C_k = B_t.to(tl.float32)[:, :, None, :], C_t.to(tl.float32)[:, :, None, :]
+                        if k > 0:
+                            dt_t, u_t, dy_t, B_t, C_t = _operands_back(
+                                s_dt, s_u, s_dy, p_B, p_C, B_l, C_l, e_row, n_row, m_row, t - 1, steps - chunk, E
+                            )
+                        dC = tl.sum(tl.sum(dy_k * h, 2), 0, keep_dims=True)
+                        tl.store(s_dC + t * N + n_row, tl.broadcast_to(dC, [EL, NL, NH]))
+                        if z_ptr is not None:
+                            y = tl.sum(tl.sum(h * C_k, 3), 1, keep_dims=True)
+                            tl.store(s_y + t * E + e_row, tl.broadcast_to(y, [EL, NL, EH]))
+                        g = carry + dy_k * C_k
+                        dB = tl.sum(tl.sum(u_k * g, 2), 0, keep_dims=True)
+                        tl.store(s_dB + t * N + n_row, tl.broadcast_to(dB, [EL, NL, NH]))
+                        du = tl.sum(tl.sum(g * B_k, 3), 1, keep_dims=True)
+                        tl.store(s_u + t * E + e_row, tl.broadcast_to(du, [EL, NL, EH]))
+                        carry = g * decays[k]
+                        if resets_ptr is not None:
+                            carry = tl.where(cuts[k], 0.0, carry)
+                        w = carry * before[k]
+                        dA += w * dt_k
+                        through_decay = tl.sum(tl.sum(w * A, 3), 1, keep_dims=True)
+                        tl.store(s_dy + t * E + e_row, tl.broadcast_to(through_decay, [EL, NL, EH]))
+                        h = states[k]
+                tl.debug_barrier()
+
+                dD_chunk = tl.zeros([E // 4, R, 4], tl.float32)
+                dbias_chunk = tl.zeros([E // 4, R, 4], tl.float32)
+                for r in range(0, STEPS, R):
+                    row = first + chunk + r
+                    m_s = c_in & (chunk + r + c_r < steps)
+                    x = tl.load(x_ptr + i_b * x_b + row * x_l + first_e + (c_e + c_r * x_l), m_s, 0.0).to(tl.float32)
+                    dy = tl.load(dy_ptr + i_b * dy_b + row * dy_l + first_e + (c_e + c_r * dy_l), m_s, 0.0).to(
+                        tl.float32
+                    )
+                    ddt = tl.load(s_dy + r * E + (c_e + c_r * E)) * (1.0 / LOG2E)
+                    du = tl.load(s_u + r * E + (c_e + c_r * E))
+                    dx = tl.load(s_dt + r * E + (c_e + c_r * E)) * du
+                    ddt += x * du
+                    if SOFTPLUS or LIMITED:
+                        raw = tl.load(dt_ptr + i_b * dt_b + row * dt_l + first_e + (c_e + c_r * dt_l), m_s, 0.0)
+                        raw = raw.to(tl.float32)
+                        if bias_ptr is not None:
+                            raw += tl.load(bias_ptr + first_e + c_e, c_in, 0.0).to(tl.float32)
+                    if z_ptr is not None:
+                        y = tl.load(s_y + r * E + (c_e + c_r * E))
+                    if D_ptr is not None:
+                        D = tl.load(D_ptr + first_e + c_e, c_in, 0.0).to(tl.float32)
+                        if z_ptr is not None:
+                            y += D * x
+                    out = (i_b * l + row) * e + first_e
+                    if z_ptr is not None:
+                        z = tl.load(z_ptr + i_b * z_b + row * z_l + first_e + (c_e + c_r * z_l), m_s, 0.0).to(
+                            tl.float32
+                        )
+                        gate = _sigmoid(z)
+                        dz = dy * y * gate * (1.0 + z * (1.0 - gate))
+                        tl.store(dz_ptr + out + (c_e + c_r * e), dz.to(dz_ptr.dtype.element_ty), m_s)
+                        dy = dy * z * gate
+                    if D_ptr is not None:
+                        dx += D * dy
+                        dD_chunk += dy * x
+                    tl.store(dx_ptr + out + (c_e + c_r * e), dx.to(dx_ptr.dtype.element_ty), m_s)
+                    if LIMITED:
+                        free = _step_size(raw, low, high, SOFTPLUS, False)
+                        ddt = tl.where((free >= low) & (free <= high), ddt, 0.0)
+                    if SOFTPLUS:
+                        ddt *= _sigmoid(raw)
+                    tl.store(ddt_ptr + out + (c_e + c_r * e), ddt.to(ddt_ptr.dtype.element_ty), m_s)
+                    if bias_ptr is not None:
+                        dbias_chunk += tl.where(m_s, ddt, 0.0)
+                if D_ptr is not None:
+                    dD += tl.sum(dD_chunk, 1)
+                if bias_ptr is not None:
+                    dbias += tl.sum(dbias_chunk, 1)
+                # the first channel block stores its sums, the others add to them
+                o_out = (
+                    sums + (chunk + tl.arange(0, STEPS)).to(tl.int64)[:, None] * groups * n + tl.arange(0, N)[None, :]
+                )
+                m_out = (chunk + tl.arange(0, STEPS) < steps)[:, None] & (tl.arange(0, N) < n)[None, :]
+                dB = tl.load(s_dB + o_sums)
+                dC = tl.load(s_dC + o_sums)
+                if block > low_block:
+                    dB += tl.load(dB_ptr + o_out, m_out, 0.0)
+                    dC += tl.load(dC_ptr + o_out, m_out, 0.0)
+                tl.store(dB_ptr + o_out, dB, m_out)
+                tl.store(dC_ptr + o_out, dC, m_out)
+                tl.debug_barrier()
+            tl.store(p_carry, dA, m_tile)
+            if segment == 0:
+                tl.store(dinitial_ptr + (i_b * e + e_all) * n + n_tile, carry, m_tile)
+            o_e = tl.arange(0, E // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+            m_e = block * E + o_e < per_group
+            if D_ptr is not None:
+                tl.store(dD_ptr + (i_b * segments + segment) * e + first_e + o_e, dD, m_e)
+            if bias_ptr is not None:
+                tl.store(dbias_ptr + (i_b * segments + segment) * e + first_e + o_e, dbias, m_e)
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    """The tensor, with its last dimension contiguous as the kernels ask."""
+    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _per_segment(l: int, programs_per_segment: int, most: int) -> int:
+    """Chunks per segment: a power of two up to `most`, as many as leave 8192 programs."""
+    chunks = triton.cdiv(l, STEPS)
+    size = 1
+    while size < most and chunks * programs_per_segment >= 8192 * 2 * size:
+        size *= 2
+    return size
+
+
+def _strides(t: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else t.stride()[:2]
+
+
+def _broken(resets: Tensor | None, segments: int, steps: int) -> Tensor | None:
+    """Whether a sequence starts within each segment, (b, segments)."""
+    if resets is None:
+        return None
+    padded = torch.nn.functional.pad(resets, (0, segments * steps - resets.shape[1]))
+    return padded.view(resets.shape[0], segments, steps).any(-1).to(torch.uint8)
+
+
+def _run_chain(values, total, A, initial, broken, segments, row, reverse):
+    b, (e, n) = values.shape[0], A.shape
+    column_blocks = triton.cdiv(n * e, 8)
+    _chain[(b * column_blocks,)](
+        values, total, A, initial, broken, e, n, segments, row, column_blocks, values.stride(0),
+        REVERSE=reverse, ROWS=128, COLS=8, num_warps=4,
+    )  # fmt: skip
+
+
+def forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    initial_state: Tensor | None, resets: Tensor | None, softplus: bool, low: float, high: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (b, l, e), the final state (b, e, n) and the states before every STEPS-th step (b, c, n, e)."""
+    (b, l, e), n, groups = x.shape, A.shape[1], B.shape[2]
+    x, dt, B, C, z, A = _rows(x), _rows(dt), _rows(B), _rows(C), _rows(z), A.contiguous()
+    D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (D, dt_bias, initial_state))
+    resets = None if resets is None else resets.contiguous().view(torch.uint8)
+    N = max(triton.next_power_of_2(n), 4)
+    warps = max(1, N // 32)
+    per_group = e // groups
+    per_segment = _per_segment(l, b * groups * triton.cdiv(per_group, 32), SEG_F)
+    chunks = triton.cdiv(l, STEPS)
+    segments = triton.cdiv(chunks, per_segment)
+    y = torch.empty(b, l, e, dtype=x.dtype, device=x.device)
+    final = torch.empty(b, e, n, dtype=torch.float32, device=x.device)
+    starts = torch.empty(b, chunks, n, e, dtype=torch.float32, device=x.device)
+    total = torch.empty(b, segments, e, dtype=torch.float32, device=x.device)
+    limited = not (softplus and (low, high) == (0.0, math.inf))
+    with torch.cuda.device_of(x):
+        for output in (False, True):
+            if segments == 1 and not output:
+                continue
+            E, unroll, registers = SECOND if output else FIRST
+            blocks = triton.cdiv(per_group, E)
+            _walk[(b * (segments if output else segments - 1) * groups * blocks,)](
+                x, dt, A, B, C, D, z, dt_bias, initial_state, resets, starts, total, y, final,
+                l, e, n, 1, per_group, blocks, groups * blocks, segments, per_segment, chunks, low, high,
+                *_strides(x), *_strides(dt), *_strides(z), *B.stride()[:3], *C.stride()[:3],
+                N=N, E=E, K=unroll, STEPS=STEPS, OUTPUT=output, SOFTPLUS=softplus, LIMITED=limited,
+                EVEN_E=per_group % E == 0, EVEN_L=l % unroll == 0, num_warps=warps, maxnreg=registers,
+            )  # fmt: skip
+            if not output:
+                broken = _broken(resets, segments, per_segment * STEPS)
+                _run_chain(starts, total, A, initial_state, broken, segments, per_segment, False)
+    return y, final, starts
+
+
+def backward(
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, starts: Tensor, resets: Tensor | None, softplus: bool, low: float,
+    high: float,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, dt, A, B, C, of D, z, dt_bias where given, and of the initial state."""
+    (b, l, e), n, groups = x.shape, A.shape[1], B.shape[2]
+    x, dt, B, C, z, dy, A = _rows(x), _rows(dt), _rows(B), _rows(C), _rows(z), _rows(dy), A.contiguous()
+    D, dt_bias, dfinal = (None if t is None else t.contiguous() for t in (D, dt_bias, dfinal))
+    resets = None if resets is None else resets.contiguous().view(torch.uint8)
+    N = max(triton.next_power_of_2(n), 4)
+    E, unroll, registers = BACK
+    warps = max(1, N // 32)
+    per_group = e // groups
+    blocks = triton.cdiv(per_group, E)
+    per_segment = _per_segment(l, b * groups * blocks, SEG_B)
+    chunks = triton.cdiv(l, STEPS)
+    segments = triton.cdiv(chunks, per_segment)
+
+    def new(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    total, carries, dinitial = new(b, segments, e), new(b, segments, n, e), new(b, e, n)
+    limited = not (softplus and (low, high) == (0.0, math.inf))
+    options = {"SOFTPLUS": softplus, "LIMITED": limited}
+    with torch.cuda.device_of(x):
+        if segments > 1:
+            _walk_back[(b * (segments - 1) * groups * blocks,)](
+                dy, dt, A, C, z, dt_bias, resets, carries, total,
+                l, e, n, 1, per_group, blocks, groups * blocks, segments, per_segment, low, high,
+                *_strides(dy), *_strides(dt), *_strides(z), *C.stride()[:3],
+                N=N, E=E, K=unroll, STEPS=STEPS, EVEN_E=per_group % E == 0, EVEN_L=l % unroll == 0, **options,
+                num_warps=warps, maxnreg=registers,
+            )  # fmt: skip
+        _run_chain(carries, total, A, dfinal, _broken(resets, segments, per_segment * STEPS), segments, 1, True)
+
+        NL, EL = 4, 8
+        NH = N // NL
+        EH = max(1, TILE // NH)
+        warps = max(1, NH // 16)
+        blocks = triton.cdiv(per_group, EH * EL)
+        programs = 132 * PROGRAMS
+        parts = 1  # of a group's channels, each with its own dB and dC, until there is enough to do
+        while parts < blocks and b * segments * groups * parts < programs:
+            parts *= 2
+        blocks_per_part = triton.cdiv(blocks, parts)
+        parts = triton.cdiv(blocks, blocks_per_part)
+        tasks = b * segments * groups * parts
+        programs = min(tasks, programs)
+        scratch = new(programs, (STEPS // TURN) * N * EH * EL + 4 * STEPS * EH * EL + 2 * STEPS * N)
+        dx, ddt = new(b, l, e, dtype=x.dtype), new(b, l, e, dtype=dt.dtype)
+        dz = None if z is None else new(b, l, e, dtype=z.dtype)
+        dB, dC = new(parts, *B.shape), new(parts, *C.shape)
+        dD, dbias = (None if t is None else new(b * segments, e) for t in (D, dt_bias))
+        _gradients[(programs,)](
+            dy, x, dt, A, B, C, D, z, dt_bias, resets, starts, carries, scratch, dx, ddt, dz, dB, dC, dD, dbias,
+            dinitial, b, l, e, n, 1, per_group, blocks, groups, segments, per_segment, chunks, tasks, groups * parts,
+            blocks_per_part, low, high,
+            *_strides(dy), *_strides(x), *_strides(dt), *_strides(z), *B.stride()[:3], *C.stride()[:3],
+            NH=NH, NL=NL, EH=EH, EL=EL, T=TURN, R=ROWS, STEPS=STEPS, **options, num_warps=warps, maxnreg=MAXREG,
+        )  # fmt: skip
+        dB, dC = (t.sum(0).to(s.dtype) if parts > 1 else t[0].to(s.dtype) for t, s in ((dB, B), (dC, C)))
+        dA = carries.view(b * segments, n * e).sum(0).view(n, e).t().to(A.dtype)
+        dD, dbias = (None if t is None else t.sum(0).to(s.dtype) for t, s in ((dD, D), (dbias, dt_bias)))
+    return [d for d in (dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial) if d is not None]
