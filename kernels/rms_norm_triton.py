@@ -209,7 +209,9 @@ def backward(
     (v, *_), (dy, *_), (dtotal, *_), (z, *_), (dz_rows, *_) = views
     units, strides = [u for _, u, _ in views], [s for *_, s in views]
     size_block = triton.next_power_of_2(size)
-    block = max(1, 2048 // size_block)
+    # The best of 15 configurations on an H200 at 2^20 rows of 256 and of 512: 8 numbers a thread, three tiles underway.
+    block = max(1, 1024 // size_block)
+    warps, stages = max(4, min(32, size_block // 256)), 4 if size_block <= 2048 else 1
     steps = min(32, triton.cdiv(rows, block * 2048))
     stretches, kinds = triton.cdiv(rows, block * steps), 1 if bias is None else 2
     parts = torch.empty(stretches, kinds, d, dtype=torch.float32, device=device)
@@ -217,9 +219,9 @@ def backward(
         _backward[(stretches * groups,)](
             dy, dtotal, v, weight, bias, z, dx, None if residual_dtype is None else dresidual, dz_rows, parts,
             rows, *strides, steps, epsilon,
-            groups, size, norm_before_gate, *units, block, size_block, 1, num_warps=max(4, min(32, size_block // 512)),
+            groups, size, norm_before_gate, *units, block, size_block, stages, num_warps=warps,
         )  # fmt: skip
-        _add_parts[(triton.cdiv(kinds * d, 32),)](parts, dweight, dbias, stretches, d, kinds, 32, 32, num_warps=4)
+        _add_parts[(triton.cdiv(kinds * d, 8),)](parts, dweight, dbias, stretches, d, kinds, 256, 8, num_warps=8)
     if bias is None:
         dbias = dbias.zero_()
     return dx, dresidual, dweight, dbias, dz

@@ -150,6 +150,9 @@ def test_a_wrong_argument_is_named_with_both_sides(change, message):
         causal_conv1d(**arguments)
 
 
+EVERYTHING = ("bias", "initial_state", "run", "dfinal")
+
+
 @pytest.fixture
 def nan_in_fresh_memory():
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
@@ -174,11 +177,18 @@ def in_both_forms(x, weight, bias, state, run, silu, dy, dfinal):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves")
 @pytest.mark.usefixtures("nan_in_fresh_memory")
 @pytest.mark.parametrize(
-    "given", [(), ("bias",), ("bias", "initial_state", "run", "dfinal"), ("run",), ("dfinal",)], ids="+".join
-)
-@pytest.mark.parametrize(
-    ("b", "l", "d", "k", "silu"),
-    [(2, 37, 6, 4, True), (3, 2, 72, 4, True), (1, 1, 5, 3, False), (2, 9, 3, 1, True), (1, 150, 8, 8, False)],
+    ("b", "l", "d", "k", "silu", "given"),
+    [
+        *(
+            (2, 37, 6, 4, True, given)
+            for given in [(), ("bias", "run"), ("initial_state",), ("dfinal", "run"), EVERYTHING]
+        ),
+        (3, 2, 72, 4, True, EVERYTHING),
+        (1, 1, 5, 3, False, EVERYTHING),
+        (2, 9, 3, 1, True, ("bias", "run")),
+        (1, 140, 8, 3, True, EVERYTHING),
+        (1, 20, 8, 8, False, EVERYTHING),
+    ],
 )
 def test_the_triton_form_agrees_with_float64(b, l, d, k, silu, given):
     a = {name: t.detach() for name, t in make(b, l, d, k, dtype=torch.float32).items()}
