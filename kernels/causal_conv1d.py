@@ -9,10 +9,13 @@ Letters: b batch, l length, d channels, k taps. Shapes: x (b, l, d), weight (d, 
 last k-1 inputs, oldest first. Sums are float32 (float64 for float64 inputs).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqmodels.kernels.direct import direct
 from seqmodels.kernels.dispatch import triton_form
 from seqmodels.kernels.packing import starts_of_sequences
 
@@ -35,7 +38,7 @@ def causal_conv1d(
     """
     _check(x, weight, bias, activation, initial_state, seq_idx)
     run = None if seq_idx is None else starts_of_sequences(seq_idx).cumsum(1)
-    return _conv(x, weight, bias, initial_state, run, activation == "silu")
+    return _direct(x, weight, bias, initial_state, run, activation == "silu")
 
 
 def causal_conv1d_reference(
@@ -174,7 +177,7 @@ _conv = torch.library.custom_op("longseq::causal_conv1d", mutates_args=())(_conv
 
 
 @_conv.register_kernel("cuda")
-def _(x, weight, bias, initial_state, run, silu):
+def _conv_on_gpu(x, weight, bias, initial_state, run, silu):
     form = triton_form("causal_conv1d", x)
     return (_conv_in_torch if form is None else form.forward)(x, weight, bias, initial_state, run, silu)
 
@@ -218,7 +221,7 @@ _conv_backward = torch.library.custom_op("longseq::causal_conv1d_backward", muta
 
 
 @_conv_backward.register_kernel("cuda")
-def _(dy, dfinal, x, weight, bias, initial_state, run, silu):
+def _conv_backward_on_gpu(dy, dfinal, x, weight, bias, initial_state, run, silu):
     form = triton_form("causal_conv1d", x)
     backward = _conv_backward_in_torch if form is None else form.backward
     return backward(dy, dfinal, x, weight, bias, initial_state, run, silu)
@@ -238,10 +241,10 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # a final state that nobody uses has no gradient to add
 
 
-def _autograd(ctx, dy, dfinal):
+def _autograd(ctx, dy, dfinal, backward=_conv_backward):
     x, weight, bias, initial_state, run = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, dweight, dbias, dinitial = _conv_backward(dy, dfinal, x, weight, bias, initial_state, run, ctx.silu)
+    dx, dweight, dbias, dinitial = backward(dy, dfinal, x, weight, bias, initial_state, run, ctx.silu)
     return (
         dx, dweight, None if bias is None else dbias.to(bias.dtype),
         None if initial_state is None else dinitial.to(initial_state.dtype), None, None,
@@ -249,3 +252,4 @@ def _autograd(ctx, dy, dfinal):
 
 
 _conv.register_autograd(_autograd, setup_context=_setup_context)
+_direct = direct(_conv, _conv_on_gpu, _setup_context, partial(_autograd, backward=_conv_backward_on_gpu))

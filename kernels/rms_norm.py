@@ -10,10 +10,13 @@ equal parts of d. kernels/README.md derives the gradient. Sums are float32 (floa
 Shapes: x, residual, z (..., d); weight, bias (d,).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqmodels.kernels.direct import direct
 from seqmodels.kernels.dispatch import triton_form
 
 # What a pass over rows handles together on a CPU, in elements: what fits the cache. And up to how many elements the
@@ -42,7 +45,7 @@ def rms_norm(
         v = x if residual is None else _wide(x) + residual
         y = _normalise(_wide(v), weight, bias, z, epsilon, norm_before_gate, groups).to(x.dtype)
         return y if residual is None else (y, v.to(_residual_dtype(x, residual_in_fp32)))
-    y, total = _rms_norm(x, weight, bias, z, residual, epsilon, norm_before_gate, groups, residual_in_fp32)
+    y, total = _direct(x, weight, bias, z, residual, epsilon, norm_before_gate, groups, residual_in_fp32)
     return y if residual is None else (y, total)
 
 
@@ -151,7 +154,7 @@ _rms_norm = torch.library.custom_op("longseq::rms_norm", mutates_args=())(_rms_n
 
 
 @_rms_norm.register_kernel("cuda")
-def _(x, weight, bias, z, residual, epsilon, norm_before_gate, groups, residual_in_fp32):
+def _rms_norm_on_gpu(x, weight, bias, z, residual, epsilon, norm_before_gate, groups, residual_in_fp32):
     form = triton_form("rms_norm", x)
     if form is None:
         return _rms_norm_in_torch(x, weight, bias, z, residual, epsilon, norm_before_gate, groups, residual_in_fp32)
@@ -200,7 +203,9 @@ _rms_norm_backward = torch.library.custom_op("longseq::rms_norm_backward", mutat
 
 
 @_rms_norm_backward.register_kernel("cuda")
-def _(dy, dtotal, v, weight, bias, z, epsilon, norm_before_gate, groups, x_dtype, residual_dtype):
+def _rms_norm_backward_on_gpu(
+    dy, dtotal, v, weight, bias, z, epsilon, norm_before_gate, groups, x_dtype, residual_dtype
+):
     arguments = dy, dtotal, v, weight, bias, z, epsilon, norm_before_gate, groups, x_dtype, residual_dtype
     form = triton_form("rms_norm", v)
     return _rms_norm_backward_in_torch(*arguments) if form is None else form.backward(*arguments)
@@ -245,12 +250,12 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # a sum that nobody uses has no gradient to add
 
 
-def _autograd(ctx, dy, dtotal):
+def _autograd(ctx, dy, dtotal, backward=_rms_norm_backward):
     v, weight, bias, z = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros(v.shape, dtype=ctx.x_dtype, device=v.device)
     alike = ctx.residual_dtype in (None, ctx.x_dtype)  # then x and residual have one gradient
-    dx, dresidual, dweight, dbias, dz = _rms_norm_backward(
+    dx, dresidual, dweight, dbias, dz = backward(
         dy, None if ctx.residual_dtype is None else dtotal, v, weight, bias, z, ctx.epsilon, ctx.norm_before_gate,
         ctx.groups, ctx.x_dtype, None if alike else ctx.residual_dtype,
     )  # fmt: skip
@@ -261,3 +266,4 @@ def _autograd(ctx, dy, dtotal):
 
 
 _rms_norm.register_autograd(_autograd, setup_context=_setup_context)
+_direct = direct(_rms_norm, _rms_norm_on_gpu, _setup_context, partial(_autograd, backward=_rms_norm_backward_on_gpu))

@@ -1,0 +1,35 @@
+"""An operator called without torch.library's dispatch, whose Python costs more than a short sequence's kernels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def direct(op: Callable, forward: Callable, setup_context: Callable, backward: Callable) -> Callable:
+    """op(*inputs), inputs[0] a tensor, that skips the dispatcher where it can: on a GPU, outside torch.compile.
+
+    forward, setup_context and backward are what op does there, as torch.library takes them.
+    """
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = forward(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+            return backward(ctx, *gradients)
+
+    def call(*inputs: Any) -> Any:
+        x = inputs[0]
+        if torch.compiler.is_compiling() or not x.is_cuda or type(x) not in _PLAIN:
+            return op(*inputs)
+        return Direct.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
+
+    return call
