@@ -173,8 +173,8 @@ def _rms_norm_backward_in_torch(
     dy: Tensor, dtotal: Tensor | None, v: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, epsilon: float,
     norm_before_gate: bool, groups: int, x_dtype: torch.dtype, residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, residual (empty if not asked for), weight, bias and z (empty without one); v is x + residual."""
-    dx, dresidual, dweight, dbias, dz = _empty_gradients(v, weight, z, x_dtype, residual_dtype)
+    """Gradients of x, residual, weight, bias and z, where v is x + residual; empty where not asked for."""
+    dx, dresidual, dweight, dbias, dz = _empty_gradients(v, weight, bias, z, x_dtype, residual_dtype)
     sums = torch.zeros_like(_wide(weight)), torch.zeros_like(_wide(weight))
     for part in _passes(v):
         dv = _gradient_of_rows(
@@ -186,17 +186,20 @@ def _rms_norm_backward_in_torch(
         _rows(dx)[part] = dv
         if residual_dtype is not None:
             _rows(dresidual)[part] = dv
-    return dx, dresidual, dweight.copy_(sums[0]), dbias.copy_(sums[1]), dz
+    return dx, dresidual, dweight.copy_(sums[0]), dbias if bias is None else dbias.copy_(sums[1]), dz
 
 
 def _empty_gradients(
-    v: Tensor, weight: Tensor, z: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dx = torch.empty(v.shape, dtype=x_dtype, device=v.device)
-    nothing = dx.new_empty((0,))
-    dresidual = nothing if residual_dtype is None else torch.empty_like(dx, dtype=residual_dtype)
-    dz = nothing.clone() if z is None else torch.empty_like(dx, dtype=z.dtype)
-    return dx, dresidual, torch.empty_like(weight), torch.empty_like(weight), dz
+    v: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def empty(like: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+        shape, dtype = ((0,), x_dtype) if like is None or dtype is None else (like.shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=v.device)
+
+    dbias = empty(None if bias is None else weight, weight.dtype)
+    dz = empty(z, None if z is None else z.dtype)
+    return empty(v, x_dtype), empty(v, residual_dtype), empty(weight, weight.dtype), dbias, dz
 
 
 _rms_norm_backward = torch.library.custom_op("longseq::rms_norm_backward", mutates_args=())(_rms_norm_backward_in_torch)
@@ -213,7 +216,7 @@ def _rms_norm_backward_on_gpu(
 
 @_rms_norm_backward.register_fake
 def _(dy, dtotal, v, weight, bias, z, epsilon, norm_before_gate, groups, x_dtype, residual_dtype):
-    return _empty_gradients(v, weight, z, x_dtype, residual_dtype)
+    return _empty_gradients(v, weight, bias, z, x_dtype, residual_dtype)
 
 
 def _gradient_of_rows(dy, v, weight, bias, z, epsilon, norm_before_gate, groups, dweight, dbias, dz) -> Tensor:
