@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def direct(op: Callable, forward: Callable, setup_context: Callable, backward: Callable) -> Callable:
-    """op(*inputs), inputs[0] a tensor, that skips the dispatcher where it can: on a GPU, outside torch.compile.
+    """op(*inputs), inputs[0] a tensor, that skips the dispatcher on a GPU if nobody listens: no compiler, no mode.
 
     forward, setup_context and backward are what op does there, as torch.library takes them.
     """
@@ -28,7 +29,7 @@ def direct(op: Callable, forward: Callable, setup_context: Callable, backward: C
 
     def call(*inputs: Any) -> Any:
         x = inputs[0]
-        if torch.compiler.is_compiling() or not x.is_cuda or type(x) not in _PLAIN:
+        if torch.compiler.is_compiling() or not x.is_cuda or type(x) not in _PLAIN or is_in_torch_dispatch_mode():
             return op(*inputs)
         return Direct.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
 
