@@ -47,11 +47,6 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def multiprocessors(x: Tensor) -> int:
-    """Of x's GPU."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
-
-
 def on_tensor_cores(x: Tensor, weight: Tensor) -> bool:
     """Whether a batch's projection is a matrix product: from 5 rows in bfloat16."""
     return x.dtype == weight.dtype == torch.bfloat16 and x.shape[0] > 4
@@ -137,7 +132,9 @@ def _few_sizes(BLOCK_I: int, bytes_each: int) -> tuple[int, int]:
 
 def _dot_sizes(b: int, o: int, i: int) -> tuple[int, int, int, int, int]:
     """Rows of the batch, of the weight and columns per tile, warps, stages."""
-    return 64 if b > 32 else 32 if b > 16 else 16, 32, 128, 4, 4
+    if b <= 16:
+        return 16, 16, 256, 2, 4
+    return (32 if b <= 32 else 64), 16, 256 if i > 1024 else 128, 4, 4
 
 
 def launch_options(overlap: bool) -> dict[str, bool]:
@@ -291,6 +288,17 @@ def _linear_dot(
         gdc_wait()
         if not EARLY:
             gdc_launch_dependents()
+    if TAPS > 0:  # asked for before the product, which takes as long as they do
+        channel = o_o - FIRST
+        m_channel = m_o & (channel >= 0) & (channel < CHANNELS)
+        m_conv = m_b[:, None] & m_channel[None, :]
+        p_state = conv_state_ptr + o_b.to(tl.int64)[:, None] * ((TAPS - 1) * CHANNELS) + channel[None, :]
+        past, taps = (), ()
+        for tap in tl.static_range(0, TAPS):
+            if tap + 1 < TAPS:
+                past = past + (tl.load(p_state + tap * CHANNELS, mask=m_conv, other=0.0),)  # noqa: RUF005
+            value = tl.load(conv_weight_ptr + channel * TAPS + tap, mask=m_channel, other=0.0)
+            taps = taps + (value.to(tl.float32),)  # noqa: RUF005
     WIDTH: tl.constexpr = I // GROUPS
     p_x = x_ptr + o_b.to(tl.int64)[:, None] * x_stride
     p_w = weight_ptr + o_o.to(tl.int64)[:, None] * I
@@ -314,20 +322,12 @@ def _linear_dot(
     if HAS_BIAS:
         y += tl.load(bias_ptr + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
     if TAPS > 0:
-        channel = o_o - FIRST
-        m_channel = m_o & (channel >= 0) & (channel < CHANNELS)
-        m_conv = mask & m_channel[None, :]
-        p_state = conv_state_ptr + o_b.to(tl.int64)[:, None] * ((TAPS - 1) * CHANNELS) + channel[None, :]
-        p_tap = conv_weight_ptr + channel * TAPS
-        s = y * tl.load(p_tap + TAPS - 1, mask=m_channel, other=0.0).to(tl.float32)[None, :]
+        s = y * taps[TAPS - 1][None, :]
         if HAS_CONV_BIAS:
             s += tl.load(conv_bias_ptr + channel, mask=m_channel, other=0.0).to(tl.float32)[None, :]
-        past = ()
         for tap in tl.static_range(0, TAPS - 1):
-            past = past + (tl.load(p_state + tap * CHANNELS, mask=m_conv, other=0.0).to(tl.float32),)  # noqa: RUF005
-        for tap in tl.static_range(0, TAPS - 1):
-            s += past[tap] * tl.load(p_tap + tap, mask=m_channel, other=0.0).to(tl.float32)[None, :]
-            new = past[tap + 1] if tap + 2 < TAPS else y
+            s += past[tap].to(tl.float32) * taps[tap][None, :]
+            new = past[tap + 1].to(tl.float32) if tap + 2 < TAPS else y
             tl.store(p_state + tap * CHANNELS, new.to(conv_state_ptr.dtype.element_ty), mask=m_conv)
         y = tl.where(m_conv, s * sigmoid(s), y)
     p_y = y_ptr + o_b.to(tl.int64)[:, None] * O + o_o[None, :]

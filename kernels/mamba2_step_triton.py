@@ -13,19 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from seqmodels.kernels.linear_step_triton import (
-    Conv,
-    check_states,
-    launch_options,
-    linear,
-    multiprocessors,
-    on_tensor_cores,
-    overlaps,
-    prefetch,
-)
+from seqmodels.kernels.linear_step_triton import Conv, check_states, launch_options, linear, on_tensor_cores, overlaps
 from seqmodels.kernels.math_triton import sigmoid, step_size
-
-AHEAD = 5  # programs per multiprocessor
 
 
 def forward(
@@ -49,16 +38,12 @@ def forward(
         ROWS = min(triton.next_power_of_2(p), 32 if b > 4 else 8)
         parts = triton.cdiv(p, ROWS)
         y = torch.empty(b, h * p, dtype=x.dtype if many else torch.float32, device=x.device)
-        # The first programs also ask for the states of as many that come after them: while in_proj runs, memory idles.
-        ahead = AHEAD * multiprocessors(x) if overlap else 0
-        ahead = ahead if b * h * parts > ahead else 0
         squares = None if norm_weight is None else torch.empty(b, h * parts, device=x.device)
         _update[(b * h * parts,)](
             zxBCdt, dt_bias, A_log, D, norm_weight, state, y, squares, dt_low, dt_high,
             H=h, G=groups, P=p, N=n, PARTS=parts, D_PER_CHANNEL=D.numel() > h, NORM=norm_weight is not None,
-            NORM_BEFORE_GATE=norm_before_gate, ROWS=ROWS, BLOCK_N=triton.next_power_of_2(n), AHEAD=ahead,
-            LINES=triton.next_power_of_2(triton.cdiv(ROWS * n, 32)), OVERLAP=overlap, num_warps=4,
-            **launch_options(overlap),
+            NORM_BEFORE_GATE=norm_before_gate, ROWS=ROWS, BLOCK_N=triton.next_power_of_2(n), OVERLAP=overlap,
+            num_warps=4, **launch_options(overlap),
         )  # fmt: skip
         result = linear(
             y, out_proj, out_bias, dtype=x.dtype, squares=squares, groups=1 if squares is None else groups,
@@ -72,7 +57,7 @@ def _update(
     zxBCdt_ptr, dt_bias_ptr, A_log_ptr, D_ptr, norm_ptr, state_ptr, y_ptr, squares_ptr, dt_low, dt_high,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr, NORM: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # One part of a head: ROWS of its P channels.
     if OVERLAP:
@@ -96,9 +81,6 @@ def _update(
     if NORM:
         weight = tl.load(norm_ptr + o_e, mask=m_p, other=0.0).to(tl.float32)
     if OVERLAP:
-        if AHEAD > 0 and tl.program_id(0) < AHEAD:
-            o_ahead = tl.arange(0, LINES).to(tl.int64) * 32 + (tl.program_id(0) + AHEAD).to(tl.int64) * (ROWS * N)
-            prefetch(state_ptr + o_ahead, o_ahead < (tl.num_programs(0) // PARTS).to(tl.int64) * (P * N), state_ptr)
         gdc_wait()
     E: tl.constexpr = H * P
     p_z = zxBCdt_ptr + i_b * (2 * E + 2 * G * N + H)
