@@ -117,11 +117,14 @@ def main(
     parser.add_argument("--seconds", type=float, default=0.15, help="of repeats per row")
     parser.add_argument("--commit", help="of these sources, where they are no git checkout")
     options = parser.parse_args()
+    words = sys.argv[1:]
+    if options.commit:  # names what was measured, is no part of how
+        del words[(at := words.index("--commit")) : at + 2]
     torch.manual_seed(0)
     gpu = torch.cuda.get_device_name()
     about = {
         "gpu": gpu, "versions": record.versions(), "commit": options.commit or record.commit(),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *words]),
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
     cases = [(shape, l) for shape in shapes for l in options.lengths if l <= longest(shape)]
