@@ -118,7 +118,7 @@ def main(
     parser.add_argument("--commit", help="of these sources, where they are no git checkout")
     options = parser.parse_args()
     words = sys.argv[1:]
-    if options.commit:  # names what was measured, is no part of how
+    if "--commit" in words:  # names what was measured, is no part of how
         del words[(at := words.index("--commit")) : at + 2]
     torch.manual_seed(0)
     gpu = torch.cuda.get_device_name()
