@@ -52,6 +52,20 @@ def step_size(
     return dt.clamp(*limit)
 
 
+def step_size_gradient(
+    ddt: Tensor, dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]
+) -> Tensor:
+    """The gradient of the raw dt (and, summed, of the bias) from that of the step size, in ddt's dtype."""
+    dt = dt.to(ddt.dtype)
+    if bias is not None:
+        dt = dt + bias.to(ddt.dtype)
+    if softplus:
+        ddt, dt = ddt * torch.sigmoid(dt), F.softplus(dt)
+        if limit == (0.0, math.inf):
+            return ddt
+    return torch.where((dt >= limit[0]) & (dt <= limit[1]), ddt, 0.0)
+
+
 def _expm1_ratio(z: Tensor) -> Tensor:
     """(exp(z) - 1) / z, and its limit 1 at z = 0, to full precision and with its gradient."""
     small = z.abs() < 1e-3  # here z^4 / 120 < 1e-14

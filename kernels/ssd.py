@@ -13,12 +13,15 @@ states (b, h, p, n). States, and all sums, are float32 (float64 for float64 inpu
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqmodels.kernels.discretize import step_size
+from seqmodels.kernels.direct import direct
+from seqmodels.kernels.discretize import step_size, step_size_gradient
+from seqmodels.kernels.dispatch import triton_form
 from seqmodels.kernels.packing import starts_of_sequences
 
 # Chunks that one pass handles together: bounds the (q, q) matrices per pass, in elements; what fits the cache is
@@ -49,10 +52,9 @@ def ssd(
     the final state to the last. Linear in l in time and memory; differentiable in every tensor argument.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-    dt = step_size(dt, dt_bias, dt_softplus, dt_limit, _state_dtype(x))
-    run = None if seq_idx is None else starts_of_sequences(seq_idx).cumsum(1)
-    y, final_state, _ = _ssd(x, dt, A, B, C, initial_state, run, chunk_size)
-    return _skip_and_gate(y, x, D, z).to(x.dtype), final_state
+    run = None if seq_idx is None else starts_of_sequences(seq_idx).cumsum(1, dtype=torch.int32)
+    y, final_state, _ = _direct(x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, *dt_limit, chunk_size)
+    return y if z is None else (y * F.silu(z.to(_state_dtype(x)))).to(x.dtype), final_state
 
 
 def ssd_linear(
@@ -165,9 +167,13 @@ def _zero_state(x: Tensor, B: Tensor) -> Tensor:
     return x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=_state_dtype(x))
 
 
+def _skip(y: Tensor, x: Tensor, D: Tensor) -> Tensor:
+    return torch.addcmul(y, x.to(y.dtype), (D if D.dim() == 2 else D[:, None]).to(y.dtype))
+
+
 def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     if D is not None:
-        y = torch.addcmul(y, x.to(y.dtype), (D if D.dim() == 2 else D[:, None]).to(y.dtype))
+        y = _skip(y, x, D)
     return y if z is None else y * F.silu(z.to(y.dtype))
 
 
@@ -330,62 +336,74 @@ def _passes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor 
     return _Pass(part[0], part[1], A.to(dtype), part[2], part[3], run, before, start)
 
 
-@torch.library.custom_op("longseq::ssd", mutates_args=())
-def _ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial_state: Tensor | None,
-    run: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_in_torch(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    initial_state: Tensor | None, run: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (b, l, h, p), final state, and each pass's start state (passes, b, h, p, n). run: (b, l) from 0, or None."""
+    dt = step_size(dt, dt_bias, dt_softplus, (dt_min, dt_max), _state_dtype(x))
     state = _zero_state(x, B) if initial_state is None else initial_state.to(_state_dtype(x))
-    y = torch.empty(x.shape, dtype=state.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     starts = state.new_empty(_number_of_passes(x, chunk_size), *state.shape)
     steps = chunk_size * _chunks_per_pass(x, chunk_size)
     for i in range(len(starts)):
         starts[i] = state
         one = _passes(x, dt, A, B, C, run, chunk_size, i, state)
         rows = y[:, i * steps : (i + 1) * steps]
-        rows.copy_(one.output()[:, : rows.shape[1]])
+        part = one.output()[:, : rows.shape[1]]
+        rows.copy_(part if D is None else _skip(part, x[:, i * steps : (i + 1) * steps], D))
         state = one.states[:, -1]
     return y, state.clone(), starts
 
 
+_ssd = torch.library.custom_op("longseq::ssd", _forward_in_torch, mutates_args=())
+
+
+@_ssd.register_kernel("cuda")
+def _on_gpu(x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, dt_min, dt_max, chunk_size):
+    form = triton_form("ssd", x)
+    if form is None:
+        return _forward_in_torch(
+            x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, dt_min, dt_max, chunk_size
+        )
+    return form.forward(x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, dt_min, dt_max)
+
+
 @_ssd.register_fake
-def _(x, dt, A, B, C, initial_state, run, chunk_size):
+def _(x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, dt_min, dt_max, chunk_size):
     state = torch.empty_like(_zero_state(x, B))
-    y = torch.empty(x.shape, dtype=state.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    form = triton_form("ssd", x) if x.device.type == "cuda" else None
+    if form is not None:
+        return y, state, state.new_empty(form.shape_of_starts(x, B))
     return y, state, state.new_empty(_number_of_passes(x, chunk_size), *state.shape)
 
 
-@torch.library.custom_op("longseq::ssd_backward", mutates_args=())
-def _ssd_backward(
-    dy: Tensor,
-    dfinal: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    starts: Tensor,
-    run: Tensor | None,
+def _backward_in_torch(
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    dt_bias: Tensor | None, starts: Tensor, run: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C and the initial state; the chunks are recomputed from each pass's start state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, dt, A, B, C, D (empty without one), dt_bias (per head, also without one), the initial state.
+
+    The chunks are recomputed from each pass's start state.
+    """
     dtype = _state_dtype(x)
-    dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
+    raw, dt = dt, step_size(dt, dt_bias, dt_softplus, (dt_min, dt_max), dtype)
+    dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
     dA = torch.zeros(A.shape, dtype=dtype, device=A.device)
-    dstate = dfinal.to(dtype)
+    dD = torch.zeros((0,) if D is None else D.shape, dtype=dtype, device=x.device)
+    dstate = _zero_state(x, B) if dfinal is None else dfinal.to(dtype)
     chunks = _chunks_per_pass(x, chunk_size)
     steps = chunks * chunk_size
     for i in reversed(range(len(starts))):
         one = _passes(x, dt, A, B, C, run, chunk_size, i, starts[i])
         dy_part = _slice_pass(dy, i, chunks, chunk_size).to(dtype)
         dx_part, dlog, ddt_part, dB_part, dC_part = one.backward(dy_part, dstate)
+        if D is not None:
+            products = dy_part * _slice_pass(x, i, chunks, chunk_size).to(dtype)
+            dD += products.sum((0, 1, 2)) if D.dim() == 2 else products.sum((0, 1, 2, 4))
+            dx_part = _skip(dx_part, dy_part, D)
         dt_part = _slice_pass(dt, i, chunks, chunk_size).to(dtype)
         ddt_part = ddt_part + dlog * A.to(dtype)
         dA += (dlog * dt_part).sum((0, 1, 2))
@@ -393,25 +411,50 @@ def _ssd_backward(
             rows = whole[:, i * steps : (i + 1) * steps]
             rows.copy_(part.flatten(1, 2)[:, : rows.shape[1]])
         dstate = one.dstart
-    return dx, ddt, dA.to(A.dtype), dB, dC, dstate.clone()
+    ddt = step_size_gradient(ddt, raw, dt_bias, dt_softplus, (dt_min, dt_max))
+    return dx, ddt.to(raw.dtype), dA.to(A.dtype), dB, dC, dD, ddt.sum((0, 1)), dstate.clone()
+
+
+_ssd_backward = torch.library.custom_op("longseq::ssd_backward", _backward_in_torch, mutates_args=())
+
+
+@_ssd_backward.register_kernel("cuda")
+def _backward_on_gpu(dy, dfinal, x, dt, A, B, C, D, dt_bias, starts, run, dt_softplus, dt_min, dt_max, chunk_size):
+    form = triton_form("ssd", x)
+    if form is None:
+        return _backward_in_torch(
+            dy, dfinal, x, dt, A, B, C, D, dt_bias, starts, run, dt_softplus, dt_min, dt_max, chunk_size
+        )
+    return form.backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, starts, run, dt_softplus, dt_min, dt_max)
 
 
 @_ssd_backward.register_fake
-def _(dy, dfinal, x, dt, A, B, C, starts, run, chunk_size):
-    shaped = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, A, B, C))
-    return (*shaped, torch.empty_like(starts[0]))
+def _(dy, dfinal, x, dt, A, B, C, D, dt_bias, starts, run, dt_softplus, dt_min, dt_max, chunk_size):
+    dx, ddt, dA, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, A, B, C))
+    dD = torch.empty((0,) if D is None else D.shape, dtype=_state_dtype(x), device=x.device)
+    ddt_bias = torch.empty(A.shape, dtype=_state_dtype(x), device=x.device)
+    return dx, ddt, dA, dB, dC, dD, ddt_bias, torch.empty_like(_zero_state(x, B))
 
 
 def _setup_context(ctx, inputs, output):
-    x, dt, A, B, C, initial_state, run, ctx.chunk_size = inputs
+    x, dt, A, B, C, D, dt_bias, initial_state, run, *ctx.options = inputs
     ctx.state_dtype = None if initial_state is None else initial_state.dtype
-    ctx.save_for_backward(x, dt, A, B, C, output[2], run)
+    ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, output[2], run)
+    ctx.set_materialize_grads(False)  # a final state that nobody uses has no gradient to add
 
 
-def _backward(ctx, dy, dfinal, dstarts):
-    x, dt, A, B, C, starts, run = ctx.saved_tensors
-    *gradients, dstate = _ssd_backward(dy, dfinal, x, dt, A, B, C, starts, run, ctx.chunk_size)
-    return *gradients, None if ctx.state_dtype is None else dstate.to(ctx.state_dtype), None, None
+def _backward(ctx, dy, dfinal, dstarts, backward=_ssd_backward):
+    x, dt, A, B, C, D, dt_bias, starts, run = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    dx, ddt, dA, dB, dC, dD, ddt_bias, dstate = backward(
+        dy, dfinal, x, dt, A, B, C, D, dt_bias, starts, run, *ctx.options
+    )
+    return (
+        dx, ddt, dA, dB, dC, None if D is None else dD.to(D.dtype),
+        None if dt_bias is None else ddt_bias.to(dt_bias.dtype),
+        None if ctx.state_dtype is None else dstate.to(ctx.state_dtype), None, None, None, None, None,
+    )  # fmt: skip
 
 
 _ssd.register_autograd(_backward, setup_context=_setup_context)
+_direct = direct(_ssd, _on_gpu, _setup_context, partial(_backward, backward=_backward_on_gpu))

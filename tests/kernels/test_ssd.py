@@ -186,7 +186,9 @@ def test_one_step_continues_where_the_chunked_form_stopped():
 def test_the_operator_is_well_formed():
     a = {k: v.detach().requires_grad_() for k, v in make(b=1, l=10, h=2, g=1).items()}
     run = torch.tensor([[0] * 4 + [1] * 6])
-    inputs = (a["x"], a["dt"].detach().exp().requires_grad_(), a["A"], a["B"], a["C"], a["initial_state"], run, 4)
+    inputs = (
+        a["x"], a["dt"], a["A"], a["B"], a["C"], a["D"], a["dt_bias"], a["initial_state"], run, True, 0.0, math.inf, 4
+    )  # fmt: skip
     checks = torch.library.opcheck(torch.ops.longseq.ssd.default, inputs)
     assert set(checks.values()) == {"SUCCESS"}
 
