@@ -133,7 +133,7 @@ def _chain(
 @triton.jit
 def _outputs(
     v_ptr, m_ptr, w_ptr, D_ptr, run_ptr, edge_ptr, shifted_ptr, sum_ptr, out_ptr,
-    other_ptr, tile_ptr, product_ptr, inter_ptr, own_ptr, dD_ptr,
+    other_ptr, tile_ptr, product_ptr, inter_ptr, dD_ptr,
     length, tiles, per_stretch, stretch_0, stored, padded,
     v_b, v_h, m_b, m_g, w_b, w_g, other_b, other_h,
     v_l: tl.constexpr, m_l: tl.constexpr, w_l: tl.constexpr, other_l: tl.constexpr,
@@ -145,9 +145,9 @@ def _outputs(
     """What leaves the map over a stretch of tiles, from the state that enters the stretch.
 
     Forward v, m, w = x, B, C gives y; in reverse v, m, w = dy, C, B gives dx. For the GRADIENTS of dt, B and C it also
-    stores the state that enters each tile, and per step the product of the output (less D v) with `other` (dy forward,
-    x in reverse); in reverse the part of it that comes from that state, too, and the gradient of D. Forward, GRADIENTS
-    leaves y itself out. With own_ptr, what a step's output owes to that step's input is kept apart from the product.
+    stores the state that enters each tile, and per step what that state adds to the output, times `other` (dy forward,
+    x in reverse: inter_ptr). In reverse also the whole output (less D v) times `other` (product_ptr); forward, instead
+    of y itself, the gradient of D.
     """
     BLOCKS_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     SIZE: tl.constexpr = BLOCK_N * BLOCK_P
@@ -212,43 +212,32 @@ def _outputs(
             factor = tl.where(before == after, factor, 0.0)
             visible = visible & (run[:, None] == run[None, :])
         out = tl.dot(w, state.to(w.dtype), input_precision=PRECISION) * outer[:, None]
-        if GRADIENTS and REVERSE:
-            o_product = (i_b * rows + i_v) * padded + first + o_q
-            tl.store(inter_ptr + o_product, tl.sum(out * other.to(tl.float32), 1))
-        scores = tl.dot(w, tl.trans(m), input_precision=PRECISION)
-        matrix = scores * tl.exp2(tl.where(visible, between, float("-inf")))
-        if own_ptr is not None:
-            same = o_q[:, None] == o_q[None, :]
-            own = tl.sum(tl.where(same, matrix, 0.0), 1)
-            matrix = tl.where(same, 0.0, matrix)
-        out = tl.dot(matrix.to(v.dtype), v, out, input_precision=PRECISION)
+        o_product = (i_b * rows + i_v) * padded + first + o_q
         if GRADIENTS:
-            o_product = (i_b * rows + i_v) * padded + first + o_q
-            tl.store(product_ptr + o_product, tl.sum(out * other.to(tl.float32), 1))
-        if SKIP != 0 or own_ptr is not None:
-            v32 = v.to(tl.float32)
-        if own_ptr is not None:
-            out += own[:, None] * v32
-            if REVERSE:
-                tl.store(own_ptr + o_product, own * tl.sum(v32 * other.to(tl.float32), 1))
-        if SKIP != 0:
-            out += v32 * D
-            if GRADIENTS:
-                products = v32 * other.to(tl.float32)
-                dD += products if SKIP == 2 else tl.sum(products, 1)[:, None]
+            tl.store(inter_ptr + o_product, tl.sum(out * other.to(tl.float32), 1))
+        if GRADIENTS and not REVERSE and SKIP != 0:
+            products = v.to(tl.float32) * other.to(tl.float32)
+            dD += products if SKIP == 2 else tl.sum(products, 1)[:, None]
         if REVERSE or not GRADIENTS:
+            scores = tl.dot(w, tl.trans(m), input_precision=PRECISION)
+            matrix = scores * tl.exp2(tl.where(visible, between, float("-inf")))
+            out = tl.dot(matrix.to(v.dtype), v, out, input_precision=PRECISION)
+            if GRADIENTS:
+                tl.store(product_ptr + o_product, tl.sum(out * other.to(tl.float32), 1))
+            if SKIP != 0:
+                out += v.to(tl.float32) * D
             tl.store(out_ptr + first * (HEADS * P) + o_out, out.to(out_ptr.dtype.element_ty), mask=wide)
         state = _next(state * factor, m, v, inner, WEIGH_V, PRECISION)
-    if GRADIENTS and SKIP == 1:
+    if GRADIENTS and not REVERSE and SKIP == 1:
         tl.store(dD_ptr + i_edge, tl.sum(tl.sum(dD, 1), 0))
-    if GRADIENTS and SKIP == 2:
+    if GRADIENTS and not REVERSE and SKIP == 2:
         tl.store(dD_ptr + i_edge * BLOCK_P + tl.arange(0, BLOCK_P), tl.sum(dD, 0))
 
 
 @triton.jit
 def _map_gradients(
     dy_ptr, x_ptr, B_ptr, C_ptr, run_ptr, state_ptr, adjoint_ptr, shifted_ptr, sum_ptr,
-    dB_ptr, dC_ptr, passing_ptr,
+    dB_ptr, dC_ptr, passing_ptr, crossing_ptr,
     length, tiles, tile_0, stored, padded,
     dy_b, dy_h, x_b, x_h, B_b, B_g, C_b, C_g,
     dy_l: tl.constexpr, x_l: tl.constexpr, B_l: tl.constexpr, C_l: tl.constexpr,
@@ -258,7 +247,8 @@ def _map_gradients(
 ):  # fmt: skip
     """dB and dC of one tile and one group of heads, from the states that enter the tile from both sides.
 
-    Also, per row, the product of the two states with the decay over the tile, which the gradient of dt needs.
+    Also, for the gradient of dt: per row of the states, their product with the decay over the tile (passing_ptr), and
+    per step, what earlier steps of the tile give to it and later ones (crossing_ptr).
     """
     BLOCKS_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     SIZE: tl.constexpr = BLOCK_N * BLOCK_P
@@ -280,9 +270,14 @@ def _map_gradients(
     if PACKED:
         before, after, run = _runs(run_ptr + i_b * length, first, length, real, o_q, Q)
         visible = visible & (run[:, None] == run[None, :])
+    B_ptr += i_b * B_b + i_g * B_g + first * B_l
+    C_ptr += i_b * C_b + i_g * C_g + first * C_l
+    B = tl.load(B_ptr + o_q[:, None] * B_l + o_n[None, :], mask=deep, other=0.0)
+    C = tl.load(C_ptr + o_q[:, None] * C_l + o_n[None, :], mask=deep, other=0.0)
+    scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
     dscores = tl.zeros([Q, Q], tl.float32)
-    dB = tl.zeros([Q, BLOCK_N], tl.float32)
     dC = tl.zeros([Q, BLOCK_N], tl.float32)
+    # two passes over the heads: with dB and dC in one, the registers do not suffice for n = 128
     for i in range(PER_GROUP * BLOCKS_P):
         i_v = i_g * (PER_GROUP * BLOCKS_P) + i
         i_h = i_v // BLOCKS_P
@@ -291,39 +286,53 @@ def _map_gradients(
         o_steps = (i_b * HEADS + i_h) * padded + first
         shifted = tl.load(shifted_ptr + o_steps + o_q)
         sums = tl.load(sum_ptr + o_steps + o_q)
-        total = tl.load(sum_ptr + o_steps + Q - 1)
         x = tl.load(x_ptr + i_h * x_h + o_q[:, None] * x_l + o_p[None, :], mask=wide, other=0.0)
         dy = tl.load(dy_ptr + i_h * dy_h + o_q[:, None] * dy_l + o_p[None, :], mask=wide, other=0.0)
         state = tl.load(state_ptr + i_v * SIZE + o_state)
-        adjoint = tl.load(adjoint_ptr + i_v * SIZE + o_state)
-        inflow, outflow = tl.exp2(sums.to(tl.float32)), tl.exp2((total - shifted).to(tl.float32))
-        factor = tl.exp2(total.to(tl.float32))
+        inflow = tl.exp2(sums.to(tl.float32))
         if PACKED:
             inflow = tl.where(run == before, inflow, 0.0)
+        dmatrix = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
+        between = (sums[:, None] - shifted[None, :]).to(tl.float32)
+        dmatrix *= tl.exp2(tl.where(visible, between, float("-inf")))
+        dscores += dmatrix
+        # what a step takes less what it gives, summed over the steps from it on: pairs on one side of it cancel
+        products = (dmatrix * scores).to(sums.dtype)
+        crossing = tl.sum(products, 1) - tl.sum(products, 0)
+        crossing += tl.sum(crossing, 0) - tl.cumsum(crossing, 0)
+        tl.store(crossing_ptr + (i_b * rows + i_v) * padded + first + o_q, crossing.to(tl.float32))
+        dC += tl.dot(dy, tl.trans(state), input_precision=PRECISION) * inflow[:, None]
+    dscores = dscores.to(x_ptr.dtype.element_ty)
+    dC = tl.dot(dscores, B, dC, input_precision=PRECISION)
+    o_B = (i_b * length + first) * (GROUPS * N) + i_g * N
+    o_tile = o_q[:, None] * (GROUPS * N) + o_n[None, :]
+    tl.store(dC_ptr + o_B + o_tile, dC.to(dC_ptr.dtype.element_ty), mask=deep)
+    # the product is transposed, not its factor: Triton 3.4 to 3.7.0 may miscompile dot(trans(a product), ...)
+    dB = tl.trans(tl.dot(tl.trans(C), dscores, input_precision=PRECISION))
+    for i in range(PER_GROUP * BLOCKS_P):
+        i_v = i_g * (PER_GROUP * BLOCKS_P) + i
+        i_h = i_v // BLOCKS_P
+        o_p = (i_v % BLOCKS_P) * BLOCK_P + tl.arange(0, BLOCK_P)
+        wide = real[:, None] & (o_p < P)[None, :]
+        o_steps = (i_b * HEADS + i_h) * padded + first
+        shifted = tl.load(shifted_ptr + o_steps + o_q)
+        total = tl.load(sum_ptr + o_steps + Q - 1)
+        x = tl.load(x_ptr + i_h * x_h + o_q[:, None] * x_l + o_p[None, :], mask=wide, other=0.0)
+        state = tl.load(state_ptr + i_v * SIZE + o_state)
+        adjoint = tl.load(adjoint_ptr + i_v * SIZE + o_state)
+        outflow, factor = tl.exp2((total - shifted).to(tl.float32)), tl.exp2(total.to(tl.float32))
+        if PACKED:
             outflow = tl.where(run == after, outflow, 0.0)
             factor = tl.where(before == after, factor, 0.0)
         passing = tl.sum(tl.sum(state.to(tl.float32) * adjoint.to(tl.float32), 1), 0) * factor
         tl.store(passing_ptr + (i_b * tiles + tile) * rows + i_v, passing)
-        dmatrix = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
-        between = (sums[:, None] - shifted[None, :]).to(tl.float32)
-        dscores += dmatrix * tl.exp2(tl.where(visible, between, float("-inf")))
-        dC += tl.dot(dy, tl.trans(state), input_precision=PRECISION) * inflow[:, None]
         dB += tl.dot(x, tl.trans(adjoint), input_precision=PRECISION) * outflow[:, None]
-    dscores = dscores.to(x_ptr.dtype.element_ty)
-    B = tl.load(B_ptr + i_b * B_b + i_g * B_g + first * B_l + o_q[:, None] * B_l + o_n[None, :], mask=deep, other=0.0)
-    C = tl.load(C_ptr + i_b * C_b + i_g * C_g + first * C_l + o_q[:, None] * C_l + o_n[None, :], mask=deep, other=0.0)
-    dC = tl.dot(dscores, B, dC, input_precision=PRECISION)
-    # the product is transposed, not its factor: Triton 3.4 to 3.7.0 may miscompile dot(trans(a product), ...)
-    dB += tl.trans(tl.dot(tl.trans(C), dscores, input_precision=PRECISION))
-    o_B = (i_b * length + first) * (GROUPS * N) + i_g * N
-    o_tile = o_q[:, None] * (GROUPS * N) + o_n[None, :]
     tl.store(dB_ptr + o_B + o_tile, dB.to(dB_ptr.dtype.element_ty), mask=deep)
-    tl.store(dC_ptr + o_B + o_tile, dC.to(dC_ptr.dtype.element_ty), mask=deep)
 
 
 @triton.jit
 def _step_gradients(
-    dt_ptr, A_ptr, bias_ptr, taken_ptr, given_ptr, inter_ptr, own_ptr, passing_ptr, ddt_ptr, part_ptr,
+    dt_ptr, A_ptr, bias_ptr, taken_ptr, given_ptr, inter_ptr, crossing_ptr, passing_ptr, ddt_ptr, part_ptr,
     length, tiles, padded, low, high, dt_b, dt_l,
     HEADS: tl.constexpr, BLOCKS_P: tl.constexpr, Q: tl.constexpr, BLOCK_T: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
@@ -336,7 +345,7 @@ def _step_gradients(
     taken = tl.zeros([BLOCK_T, Q], tl.float32)
     given = tl.zeros([BLOCK_T, Q], tl.float32)
     inter = tl.zeros([BLOCK_T, Q], tl.float32)
-    own = tl.zeros([BLOCK_T, Q], tl.float32)
+    crossing = tl.zeros([BLOCK_T, Q], tl.float32)
     passing = tl.zeros([BLOCK_T], tl.float32)
     for i in range(BLOCKS_P):
         i_v = i_h * BLOCKS_P + i
@@ -344,19 +353,17 @@ def _step_gradients(
         taken += tl.load(taken_ptr + o_product, mask=real, other=0.0)
         given += tl.load(given_ptr + o_product, mask=real, other=0.0)
         inter += tl.load(inter_ptr + o_product, mask=real, other=0.0)
-        if own_ptr is not None:
-            own += tl.load(own_ptr + o_product, mask=real, other=0.0)
+        crossing += tl.load(crossing_ptr + o_product, mask=real, other=0.0)
         passing += tl.load(passing_ptr + (i_b * tiles + tile) * rows + i_v, mask=tile < tiles, other=0.0)
     A = tl.load(A_ptr + i_h).to(tl.float32)
     bias = tl.load(bias_ptr + i_h).to(tl.float32) if bias_ptr is not None else 0.0
     raw = tl.load(dt_ptr + i_b * dt_b + i_h + step * dt_l, mask=real, other=0.0).to(tl.float32)
     dt = step_size(raw, bias, SOFTPLUS, low, high)
-    # Of dt A at step t: what reaches step t or later from before it. Terms that start and end on one side of t cancel
-    # within a tile (they are the same products, summed by rows and by columns), or never enter.
-    crossing = taken - (given - inter)
-    dlog = tl.sum(crossing, 1)[:, None] - tl.cumsum(crossing, 1) + crossing
-    dlog += tl.cumsum(inter, 1) - inter + passing[:, None]
-    ddt = step_size_gradient((given + own) / tl.maximum(dt, SMALLEST) + dlog * A, raw, bias, SOFTPLUS, low, high)
+    # Of dt A at step t: what reaches step t or later from before it. From before the tile to its steps from t on, from
+    # its steps before t to after the tile, within it, and across it.
+    dlog = tl.sum(taken, 1)[:, None] - tl.cumsum(taken, 1) + taken
+    dlog += tl.cumsum(inter, 1) - inter + crossing + passing[:, None]
+    ddt = step_size_gradient(given / tl.maximum(dt, SMALLEST) + dlog * A, raw, bias, SOFTPLUS, low, high)
     ddt = tl.where(real, ddt, 0.0)
     tl.store(ddt_ptr + (i_b * length + step) * HEADS + i_h, ddt.to(ddt_ptr.dtype.element_ty), mask=real)
     o_part = (i_b * tl.num_programs(1) + i_t) * HEADS + i_h
@@ -392,8 +399,7 @@ def backward(
     dx, ddt = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt))
     dB, dC = (torch.empty(B.shape, dtype=dtype, device=B.device) for dtype in dtypes)
     new = lambda *size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=x.device)  # noqa: E731
-    taken, given, inter, *own = (new(b, rows, plan.padded) for _ in range(4 if plan.exact else 3))
-    own = own[0] if own else None
+    taken, given, inter, crossing = (new(b, rows, plan.padded) for _ in range(4))
     passing = new(b, tiles, rows)
     skip = 0 if D is None else D.dim()
     dD = new(b, plan.stretches, rows, plan.shape["BLOCK_P"] if skip == 2 else 1)
@@ -406,18 +412,30 @@ def backward(
         for first in range(0, plan.stretches, plan.part):
             last = min(first + plan.part, plan.stretches)
             plan.outputs(
-                x, B, C, D, starts, steps, None, first, last, reverse=False, other=dy, stored=states,
-                products=taken, own=own,
-            )  # fmt: skip
+                x,
+                B,
+                C,
+                D,
+                starts,
+                steps,
+                None,
+                first,
+                last,
+                reverse=False,
+                other=dy,
+                stored=states,
+                inter=taken,
+                dD=dD,
+            )
             plan.outputs(
                 dy, C, B, D, ends, steps, dx, first, last, reverse=True, other=x, stored=adjoints, products=given,
-                inter=inter, own=own, dD=dD,
+                inter=inter,
             )  # fmt: skip
-            plan.map_gradients(dy, x, B, C, states, adjoints, steps, dB, dC, passing, first, last)
+            plan.map_gradients(dy, x, B, C, states, adjoints, steps, dB, dC, passing, crossing, first, last)
         blocks = triton.cdiv(tiles, 16)
         parts = new(2, b * blocks, h)
         _step_gradients[(h, blocks, b)](
-            dt, A, dt_bias, taken, given, inter, own, passing, ddt, parts, l, tiles, plan.padded, low, high,
+            dt, A, dt_bias, taken, given, inter, crossing, passing, ddt, parts, l, tiles, plan.padded, low, high,
             *dt.stride()[:2], HEADS=h, BLOCKS_P=rows // h, Q=_Q, BLOCK_T=16, SOFTPLUS=softplus, num_warps=4,
         )  # fmt: skip
     dA, ddt_bias = (part.sum(0) for part in parts)
@@ -444,13 +462,18 @@ def _outer(t: Tensor) -> tuple[int, int]:
 
 
 _Q = 64
-_BLOCK_P = 64
 _PROGRAMS = 2048
+_BLOCK_P = 64
 _CONFIG = {
-    "ends": {"num_warps": 4, "num_stages": 2, "WEIGH_V": False},
-    "outputs": {"num_warps": 4, "num_stages": 3, "WEIGH_V": False},
-    "gradients": {"num_warps": 4, "num_stages": 3, "WEIGH_V": False},
+    "ends": {"num_warps": 4, "num_stages": 2, "WEIGH_V": True},
+    "outputs": {"num_warps": 4, "num_stages": 3, "WEIGH_V": True},
+    "states": {"num_warps": 4, "num_stages": 2, "WEIGH_V": True},
+    "gradients": {"num_warps": 4, "num_stages": 2, "WEIGH_V": True},
     "maps": {"num_warps": 4, "num_stages": 2},
+}
+# float32: products of three parts, and tiles of twice the size
+_CONFIG_FLOAT32 = {
+    name: {"num_warps": 8, "num_stages": 1, **({} if name == "maps" else {"WEIGH_V": True})} for name in _CONFIG
 }
 
 
@@ -461,7 +484,10 @@ class _Plan:
         self.b, self.l, self.h, p = x.shape
         self.groups, n = B.shape[2:]
         # Blocks of 16 read beyond shared memory as the second factor of a product (Triton 3.6, Hopper)
-        block_p, block_n = min(_BLOCK_P, max(32, triton.next_power_of_2(p))), max(32, triton.next_power_of_2(n))
+        self.exact = x.dtype == torch.float32
+        self.config = _CONFIG_FLOAT32 if self.exact else _CONFIG
+        block_n = max(32, triton.next_power_of_2(n))
+        block_p = min(32 if self.exact and block_n > 64 else _BLOCK_P, max(32, triton.next_power_of_2(p)))
         self.rows = self.h * triton.cdiv(p, block_p)
         self.tiles = triton.cdiv(self.l, _Q)
         self.per_stretch = 1  # enough programs for a GPU, but few states to chain
@@ -471,7 +497,7 @@ class _Plan:
         self.padded = self.tiles * _Q
         per_tile = self.b * self.rows * block_n * block_p
         self.part = max(1, min(self.stretches, 2**29 // (per_tile * self.per_stretch)))
-        self.run, self.exact = run, x.dtype == torch.float32
+        self.run = run
         self.shape = {
             "HEADS": self.h, "P": p, "N": n, "PER_GROUP": self.h // self.groups, "Q": _Q, "BLOCK_P": block_p,
             "BLOCK_N": block_n, "PACKED": run is not None, "PRECISION": "tf32x3" if self.exact else "tf32",
@@ -488,7 +514,7 @@ class _Plan:
         _ends[(self.rows, self.stretches, self.b)](
             v, m, dt, A, bias, self.run, edges, keep, steps[0], steps[1], self.l, self.tiles, self.per_stretch,
             self.padded, low, high, *_outer(v), *_outer(m), dt.stride(0), v.stride(1), m.stride(1), dt.stride(1),
-            **self.shape, REVERSE=reverse, SOFTPLUS=softplus, **_CONFIG["ends"],
+            **self.shape, REVERSE=reverse, SOFTPLUS=softplus, **self.config["ends"],
         )  # fmt: skip
         return edges, keep, steps
 
@@ -506,25 +532,26 @@ class _Plan:
 
     def outputs(
         self, v, m, w, D, edges, steps, out, first, last, *, reverse, other=None, stored=None, products=None,
-        inter=None, own=None, dD=None,
+        inter=None, dD=None,
     ):  # fmt: skip
         """What leaves the stretches `first` to `last`."""
-        skip = 0 if D is None or (other is not None and not reverse) else D.dim()
+        skip = 0 if D is None else D.dim()
         _outputs[(self.rows, last - first, self.b)](
             v, m, w, D, self.run, edges, steps[0], steps[1], v if out is None else out, other, stored, products, inter,
-            own, dD, self.l, self.tiles, self.per_stretch, first, 0 if stored is None else stored.shape[1],
+            dD, self.l, self.tiles, self.per_stretch, first, 0 if stored is None else stored.shape[1],
             self.padded, *_outer(v), *_outer(m), *_outer(w), *((0, 0) if other is None else _outer(other)),
             v.stride(1), m.stride(1), w.stride(1), 0 if other is None else other.stride(1), **self.shape,
             REVERSE=reverse, GRADIENTS=other is not None, SKIP=skip,
-            **_CONFIG["outputs" if other is None else "gradients"],
+            **self.config["outputs" if other is None else "gradients" if reverse else "states"],
         )  # fmt: skip
 
-    def map_gradients(self, dy, x, B, C, states, adjoints, steps, dB, dC, passing, first, last):
+    def map_gradients(self, dy, x, B, C, states, adjoints, steps, dB, dC, passing, crossing, first, last):
         """dB and dC of the stretches `first` to `last`."""
         tile_0 = first * self.per_stretch
         tiles = min(last * self.per_stretch, self.tiles) - tile_0
         _map_gradients[(tiles * self.groups, self.b)](
-            dy, x, B, C, self.run, states, adjoints, steps[0], steps[1], dB, dC, passing, self.l, self.tiles, tile_0,
+            dy, x, B, C, self.run, states, adjoints, steps[0], steps[1], dB, dC, passing, crossing, self.l, self.tiles,
+            tile_0,
             states.shape[1], self.padded, *_outer(dy), *_outer(x), *_outer(B), *_outer(C), dy.stride(1), x.stride(1),
-            B.stride(1), C.stride(1), **self.shape, **_CONFIG["maps"],
+            B.stride(1), C.stride(1), **self.shape, **self.config["maps"],
         )  # fmt: skip
