@@ -23,7 +23,7 @@ from seqmodels.kernels.math_triton import LOG2E, step_size, step_size_gradient
 SMALLEST = tl.constexpr(1e-18)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tiles", "per_stretch", "padded"])
 def _ends(
     v_ptr, m_ptr, dt_ptr, A_ptr, bias_ptr, run_ptr, edge_ptr, keep_ptr, shifted_ptr, sum_ptr,
     length, tiles, per_stretch, padded, low, high,
@@ -32,7 +32,6 @@ def _ends(
     HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PER_GROUP: tl.constexpr,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    WEIGH_V: tl.constexpr,
 ):  # fmt: skip
     """The state that leaves a stretch which a zero state enters, and the decay over the stretch.
 
@@ -49,7 +48,7 @@ def _ends(
     v_ptr += i_b * v_b + i_h * v_h
     m_ptr += i_b * m_b + (i_h // PER_GROUP) * m_g
     dt_ptr += i_b * dt_b + i_h
-    o_steps = (i_b * HEADS + i_h) * padded
+    o_steps = (i_b * HEADS + i_h) * tl.multiple_of(padded, Q)
     if PACKED:
         run_ptr += i_b * length
     A = tl.load(A_ptr + i_h).to(sum_ptr.dtype.element_ty) * LOG2E
@@ -77,7 +76,7 @@ def _ends(
             factor = tl.where(before == after, factor, 0.0)
         v = tl.load(v_ptr + first * v_l + o_v, mask=real[:, None] & (o_p < P)[None, :], other=0.0)
         m = tl.load(m_ptr + first * m_l + o_m, mask=real[:, None] & (o_n < N)[None, :], other=0.0)
-        state = _next(state * factor, m, v, weight, WEIGH_V, PRECISION)
+        state = _next(state * factor, m, v, weight, PRECISION)
         keep *= factor
     i_edge = (i_b * tl.num_programs(1) + i_s) * (HEADS * BLOCKS_P) + i_v
     o_state = tl.arange(0, BLOCK_N)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
@@ -86,13 +85,10 @@ def _ends(
 
 
 @triton.jit
-def _next(state, m, v, weight, WEIGH_V: tl.constexpr, PRECISION: tl.constexpr):
-    """state (n, p) + m^T diag(weight) v; the weights go to the smaller factor."""
-    if WEIGH_V:
-        v = (v.to(tl.float32) * weight[:, None]).to(v.dtype)
-        return tl.dot(tl.trans(m), v, state, input_precision=PRECISION)
-    m = (tl.trans(m).to(tl.float32) * weight[None, :]).to(v.dtype)
-    return tl.dot(m, v, state, input_precision=PRECISION)
+def _next(state, m, v, weight, PRECISION: tl.constexpr):
+    """state (n, p) + m^T diag(weight) v."""
+    v = (v.to(tl.float32) * weight[:, None]).to(v.dtype)
+    return tl.dot(tl.trans(m), v, state, input_precision=PRECISION)
 
 
 @triton.jit
@@ -130,7 +126,7 @@ def _chain(
     tl.store(end_ptr + o_outer, state, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tiles", "per_stretch", "stretch_0", "stored", "padded"])
 def _outputs(
     v_ptr, m_ptr, w_ptr, D_ptr, run_ptr, edge_ptr, shifted_ptr, sum_ptr, out_ptr,
     other_ptr, tile_ptr, product_ptr, inter_ptr, dD_ptr,
@@ -140,7 +136,6 @@ def _outputs(
     HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PER_GROUP: tl.constexpr,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     REVERSE: tl.constexpr, GRADIENTS: tl.constexpr, SKIP: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    WEIGH_V: tl.constexpr,
 ):  # fmt: skip
     """What leaves the map over a stretch of tiles, from the state that enters the stretch.
 
@@ -164,6 +159,7 @@ def _outputs(
     m_ptr += i_b * m_b + (i_h // PER_GROUP) * m_g
     w_ptr += i_b * w_b + (i_h // PER_GROUP) * w_g
     out_ptr += i_b * length * (HEADS * P) + i_h * P
+    padded = tl.multiple_of(padded, Q)
     shifted_ptr += (i_b * HEADS + i_h) * padded
     sum_ptr += (i_b * HEADS + i_h) * padded
     if PACKED:
@@ -227,17 +223,17 @@ def _outputs(
             if SKIP != 0:
                 out += v.to(tl.float32) * D
             tl.store(out_ptr + first * (HEADS * P) + o_out, out.to(out_ptr.dtype.element_ty), mask=wide)
-        state = _next(state * factor, m, v, inner, WEIGH_V, PRECISION)
+        state = _next(state * factor, m, v, inner, PRECISION)
     if GRADIENTS and not REVERSE and SKIP == 1:
         tl.store(dD_ptr + i_edge, tl.sum(tl.sum(dD, 1), 0))
     if GRADIENTS and not REVERSE and SKIP == 2:
         tl.store(dD_ptr + i_edge * BLOCK_P + tl.arange(0, BLOCK_P), tl.sum(dD, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tiles", "tile_0", "stored", "padded"])
 def _map_gradients(
     dy_ptr, x_ptr, B_ptr, C_ptr, run_ptr, state_ptr, adjoint_ptr, shifted_ptr, sum_ptr,
-    dB_ptr, dC_ptr, passing_ptr, crossing_ptr,
+    dB_ptr, dC_ptr, passing_ptr, within_ptr,
     length, tiles, tile_0, stored, padded,
     dy_b, dy_h, x_b, x_h, B_b, B_g, C_b, C_g,
     dy_l: tl.constexpr, x_l: tl.constexpr, B_l: tl.constexpr, C_l: tl.constexpr,
@@ -248,7 +244,8 @@ def _map_gradients(
     """dB and dC of one tile and one group of heads, from the states that enter the tile from both sides.
 
     Also, for the gradient of dt: per row of the states, their product with the decay over the tile (passing_ptr), and
-    per step, what earlier steps of the tile give to it and later ones (crossing_ptr).
+    per step, what it takes from steps of the tile and what it gives to them (within_ptr), the step itself counted in
+    both.
     """
     BLOCKS_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     SIZE: tl.constexpr = BLOCK_N * BLOCK_P
@@ -266,6 +263,7 @@ def _map_gradients(
     dy_ptr += i_b * dy_b + first * dy_l
     state_ptr += (i_b * stored + i_t) * rows * SIZE
     adjoint_ptr += (i_b * stored + i_t) * rows * SIZE
+    padded = tl.multiple_of(padded, Q)
     visible = (o_q[:, None] - o_q[None, :]) >= 0
     if PACKED:
         before, after, run = _runs(run_ptr + i_b * length, first, length, real, o_q, Q)
@@ -296,11 +294,10 @@ def _map_gradients(
         between = (sums[:, None] - shifted[None, :]).to(tl.float32)
         dmatrix *= tl.exp2(tl.where(visible, between, float("-inf")))
         dscores += dmatrix
-        # what a step takes less what it gives, summed over the steps from it on: pairs on one side of it cancel
         products = (dmatrix * scores).to(sums.dtype)
-        crossing = tl.sum(products, 1) - tl.sum(products, 0)
-        crossing += tl.sum(crossing, 0) - tl.cumsum(crossing, 0)
-        tl.store(crossing_ptr + (i_b * rows + i_v) * padded + first + o_q, crossing.to(tl.float32))
+        o_within = (i_b * rows + i_v) * padded + first + o_q
+        tl.store(within_ptr + o_within, tl.sum(products, 1))
+        tl.store(within_ptr + tl.num_programs(1) * rows * padded + o_within, tl.sum(products, 0))
         dC += tl.dot(dy, tl.trans(state), input_precision=PRECISION) * inflow[:, None]
     dscores = dscores.to(x_ptr.dtype.element_ty)
     dC = tl.dot(dscores, B, dC, input_precision=PRECISION)
@@ -330,9 +327,9 @@ def _map_gradients(
     tl.store(dB_ptr + o_B + o_tile, dB.to(dB_ptr.dtype.element_ty), mask=deep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tiles", "padded"])
 def _step_gradients(
-    dt_ptr, A_ptr, bias_ptr, taken_ptr, given_ptr, inter_ptr, crossing_ptr, passing_ptr, ddt_ptr, part_ptr,
+    dt_ptr, A_ptr, bias_ptr, taken_ptr, given_ptr, inter_ptr, within_ptr, passing_ptr, ddt_ptr, part_ptr,
     length, tiles, padded, low, high, dt_b, dt_l,
     HEADS: tl.constexpr, BLOCKS_P: tl.constexpr, Q: tl.constexpr, BLOCK_T: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
@@ -345,7 +342,8 @@ def _step_gradients(
     taken = tl.zeros([BLOCK_T, Q], tl.float32)
     given = tl.zeros([BLOCK_T, Q], tl.float32)
     inter = tl.zeros([BLOCK_T, Q], tl.float32)
-    crossing = tl.zeros([BLOCK_T, Q], tl.float32)
+    within = tl.zeros([BLOCK_T, Q], within_ptr.dtype.element_ty)
+    o_given = tl.num_programs(2).to(tl.int64) * rows * padded
     passing = tl.zeros([BLOCK_T], tl.float32)
     for i in range(BLOCKS_P):
         i_v = i_h * BLOCKS_P + i
@@ -353,16 +351,18 @@ def _step_gradients(
         taken += tl.load(taken_ptr + o_product, mask=real, other=0.0)
         given += tl.load(given_ptr + o_product, mask=real, other=0.0)
         inter += tl.load(inter_ptr + o_product, mask=real, other=0.0)
-        crossing += tl.load(crossing_ptr + o_product, mask=real, other=0.0)
+        within += tl.load(within_ptr + o_product, mask=real, other=0.0)
+        within -= tl.load(within_ptr + o_given + o_product, mask=real, other=0.0)
         passing += tl.load(passing_ptr + (i_b * tiles + tile) * rows + i_v, mask=tile < tiles, other=0.0)
     A = tl.load(A_ptr + i_h).to(tl.float32)
     bias = tl.load(bias_ptr + i_h).to(tl.float32) if bias_ptr is not None else 0.0
     raw = tl.load(dt_ptr + i_b * dt_b + i_h + step * dt_l, mask=real, other=0.0).to(tl.float32)
     dt = step_size(raw, bias, SOFTPLUS, low, high)
     # Of dt A at step t: what reaches step t or later from before it. From before the tile to its steps from t on, from
-    # its steps before t to after the tile, within it, and across it.
-    dlog = tl.sum(taken, 1)[:, None] - tl.cumsum(taken, 1) + taken
-    dlog += tl.cumsum(inter, 1) - inter + crossing + passing[:, None]
+    # its steps before t to after the tile, within it (pairs of steps on one side of t cancel), and across it.
+    within += tl.sum(within, 1)[:, None] - tl.cumsum(within, 1)
+    dlog = tl.sum(taken, 1)[:, None] - tl.cumsum(taken, 1) + taken + within.to(tl.float32)
+    dlog += tl.cumsum(inter, 1) - inter + passing[:, None]
     ddt = step_size_gradient(given / tl.maximum(dt, SMALLEST) + dlog * A, raw, bias, SOFTPLUS, low, high)
     ddt = tl.where(real, ddt, 0.0)
     tl.store(ddt_ptr + (i_b * length + step) * HEADS + i_h, ddt.to(ddt_ptr.dtype.element_ty), mask=real)
@@ -399,7 +399,8 @@ def backward(
     dx, ddt = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt))
     dB, dC = (torch.empty(B.shape, dtype=dtype, device=B.device) for dtype in dtypes)
     new = lambda *size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=x.device)  # noqa: E731
-    taken, given, inter, crossing = (new(b, rows, plan.padded) for _ in range(4))
+    taken, given, inter = (new(b, rows, plan.padded) for _ in range(3))
+    within = new(2, b, rows, plan.padded, dtype=plan.sums_dtype)
     passing = new(b, tiles, rows)
     skip = 0 if D is None else D.dim()
     dD = new(b, plan.stretches, rows, plan.shape["BLOCK_P"] if skip == 2 else 1)
@@ -431,11 +432,11 @@ def backward(
                 dy, C, B, D, ends, steps, dx, first, last, reverse=True, other=x, stored=adjoints, products=given,
                 inter=inter,
             )  # fmt: skip
-            plan.map_gradients(dy, x, B, C, states, adjoints, steps, dB, dC, passing, crossing, first, last)
+            plan.map_gradients(dy, x, B, C, states, adjoints, steps, dB, dC, passing, within, first, last)
         blocks = triton.cdiv(tiles, 16)
         parts = new(2, b * blocks, h)
         _step_gradients[(h, blocks, b)](
-            dt, A, dt_bias, taken, given, inter, crossing, passing, ddt, parts, l, tiles, plan.padded, low, high,
+            dt, A, dt_bias, taken, given, inter, within, passing, ddt, parts, l, tiles, plan.padded, low, high,
             *dt.stride()[:2], HEADS=h, BLOCKS_P=rows // h, Q=_Q, BLOCK_T=16, SOFTPLUS=softplus, num_warps=4,
         )  # fmt: skip
     dA, ddt_bias = (part.sum(0) for part in parts)
@@ -463,18 +464,6 @@ def _outer(t: Tensor) -> tuple[int, int]:
 
 _Q = 64
 _PROGRAMS = 2048
-_BLOCK_P = 64
-_CONFIG = {
-    "ends": {"num_warps": 4, "num_stages": 2, "WEIGH_V": True},
-    "outputs": {"num_warps": 4, "num_stages": 3, "WEIGH_V": True},
-    "states": {"num_warps": 4, "num_stages": 2, "WEIGH_V": True},
-    "gradients": {"num_warps": 4, "num_stages": 2, "WEIGH_V": True},
-    "maps": {"num_warps": 4, "num_stages": 2},
-}
-# float32: products of three parts, and tiles of twice the size
-_CONFIG_FLOAT32 = {
-    name: {"num_warps": 8, "num_stages": 1, **({} if name == "maps" else {"WEIGH_V": True})} for name in _CONFIG
-}
 
 
 class _Plan:
@@ -483,11 +472,17 @@ class _Plan:
     def __init__(self, x: Tensor, B: Tensor, run: Tensor | None) -> None:
         self.b, self.l, self.h, p = x.shape
         self.groups, n = B.shape[2:]
-        # Blocks of 16 read beyond shared memory as the second factor of a product (Triton 3.6, Hopper)
         self.exact = x.dtype == torch.float32
-        self.config = _CONFIG_FLOAT32 if self.exact else _CONFIG
+        # what matters are differences of sums: exact enough for bfloat16, but not for float32 inputs
+        self.sums_dtype = torch.float64 if self.exact else torch.float32
+        # blocks of 16 read beyond shared memory as the second factor of a product (Triton 3.6, Hopper)
         block_n = max(32, triton.next_power_of_2(n))
-        block_p = min(32 if self.exact and block_n > 64 else _BLOCK_P, max(32, triton.next_power_of_2(p)))
+        block_p = min(32 if self.exact and block_n > 64 else 64, max(32, triton.next_power_of_2(p)))
+        # the fastest of 6 to 12 each on an H200 (l = 262,144, h = 8, p = 64, bfloat16); large tiles fit only once
+        if self.exact or block_n > 128:
+            self.config = {"num_warps": 8, "num_stages": 1}
+        else:
+            self.config = {"num_warps": 4, "num_stages": 3 if block_n <= 64 else 2}
         self.rows = self.h * triton.cdiv(p, block_p)
         self.tiles = triton.cdiv(self.l, _Q)
         self.per_stretch = 1  # enough programs for a GPU, but few states to chain
@@ -498,9 +493,10 @@ class _Plan:
         per_tile = self.b * self.rows * block_n * block_p
         self.part = max(1, min(self.stretches, 2**29 // (per_tile * self.per_stretch)))
         self.run = run
+        precision = ("bf16x6" if x.is_cuda else "ieee") if self.exact else "tf32"  # the interpreter knows no bf16x6
         self.shape = {
             "HEADS": self.h, "P": p, "N": n, "PER_GROUP": self.h // self.groups, "Q": _Q, "BLOCK_P": block_p,
-            "BLOCK_N": block_n, "PACKED": run is not None, "PRECISION": "tf32x3" if self.exact else "tf32",
+            "BLOCK_N": block_n, "PACKED": run is not None, "PRECISION": precision,
         }  # fmt: skip
 
     def ends(self, v, m, dt, A, bias, softplus, low, high, reverse):
@@ -508,13 +504,11 @@ class _Plan:
         size = self.b, self.stretches, self.rows, self.shape["BLOCK_N"], self.shape["BLOCK_P"]
         edges = torch.empty(size, dtype=torch.float32, device=v.device)
         keep = torch.empty(size[:3], dtype=torch.float32, device=v.device)
-        # what matters are differences of sums: exact enough for bfloat16, but not for float32 inputs
-        dtype = torch.float64 if self.exact else torch.float32
-        steps = torch.empty(2, self.b, self.h, self.padded, dtype=dtype, device=v.device)
+        steps = torch.empty(2, self.b, self.h, self.padded, dtype=self.sums_dtype, device=v.device)
         _ends[(self.rows, self.stretches, self.b)](
             v, m, dt, A, bias, self.run, edges, keep, steps[0], steps[1], self.l, self.tiles, self.per_stretch,
             self.padded, low, high, *_outer(v), *_outer(m), dt.stride(0), v.stride(1), m.stride(1), dt.stride(1),
-            **self.shape, REVERSE=reverse, SOFTPLUS=softplus, **self.config["ends"],
+            **self.shape, REVERSE=reverse, SOFTPLUS=softplus, **self.config,
         )  # fmt: skip
         return edges, keep, steps
 
@@ -542,16 +536,16 @@ class _Plan:
             self.padded, *_outer(v), *_outer(m), *_outer(w), *((0, 0) if other is None else _outer(other)),
             v.stride(1), m.stride(1), w.stride(1), 0 if other is None else other.stride(1), **self.shape,
             REVERSE=reverse, GRADIENTS=other is not None, SKIP=skip,
-            **self.config["outputs" if other is None else "gradients" if reverse else "states"],
+            **self.config,
         )  # fmt: skip
 
-    def map_gradients(self, dy, x, B, C, states, adjoints, steps, dB, dC, passing, crossing, first, last):
+    def map_gradients(self, dy, x, B, C, states, adjoints, steps, dB, dC, passing, within, first, last):
         """dB and dC of the stretches `first` to `last`."""
         tile_0 = first * self.per_stretch
         tiles = min(last * self.per_stretch, self.tiles) - tile_0
         _map_gradients[(tiles * self.groups, self.b)](
-            dy, x, B, C, self.run, states, adjoints, steps[0], steps[1], dB, dC, passing, crossing, self.l, self.tiles,
+            dy, x, B, C, self.run, states, adjoints, steps[0], steps[1], dB, dC, passing, within, self.l, self.tiles,
             tile_0,
             states.shape[1], self.padded, *_outer(dy), *_outer(x), *_outer(B), *_outer(C), dy.stride(1), x.stride(1),
-            B.stride(1), C.stride(1), **self.shape, **self.config["maps"],
+            B.stride(1), C.stride(1), **self.shape, **self.config,
         )  # fmt: skip

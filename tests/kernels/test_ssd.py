@@ -202,6 +202,49 @@ def test_memory_grows_linearly_not_with_the_matrices():
         assert chunks == 1 or b * h * q * q * chunks <= 2**19
 
 
+@pytest.fixture
+def fresh_memory_is_nan():
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.usefixtures("fresh_memory_is_nan")
+@pytest.mark.parametrize(
+    ("shape", "packed", "per_channel", "limit"),
+    [
+        ({"b": 1, "l": 200, "h": 2, "p": 16, "n": 16, "g": 1}, False, False, (0.0, math.inf)),
+        ({"b": 2, "l": 130, "h": 4, "p": 16, "n": 8, "g": 2}, True, True, (0.1, 2.0)),
+        ({"b": 1, "l": 65, "h": 2, "p": 80, "n": 16, "g": 1}, True, False, (0.0, math.inf)),
+        ({"b": 1, "l": 1, "h": 2, "p": 32, "n": 40, "g": 2}, False, False, (0.0, math.inf)),
+    ],
+)
+def test_the_triton_kernels_compute_the_definition_and_its_gradients(monkeypatch, shape, packed, per_channel, limit):
+    """In the interpreter, in float32, several stretches long."""
+    ssd_triton = pytest.importorskip("seqmodels.kernels.ssd_triton")
+    monkeypatch.setattr(ssd_triton, "_PROGRAMS", 8)
+    exact = make(**shape, per_channel=per_channel)
+    del exact["z"]
+    narrow = {key: t.detach().float() for key, t in exact.items()}
+    b, l = shape["b"], shape["l"]
+    run = (torch.arange(l) * 5 // l).int().expand(b, l).contiguous() if packed else None
+    y, state, starts = ssd_triton.forward(**narrow, run=run, softplus=True, low=limit[0], high=limit[1])
+    assert starts.shape == ssd_triton.shape_of_starts(narrow["x"], narrow["B"])
+    want = ssd_linear(**exact, seq_idx=run, dt_softplus=True, dt_limit=limit)
+    weights = [torch.randn(t.shape, dtype=torch.float64) for t in want]
+    want_gradients = torch.autograd.grad(want, list(exact.values()), weights)
+    arguments = {key: narrow[key] for key in ("x", "dt", "A", "B", "C", "D", "dt_bias")}
+    dx, ddt, dA, dB, dC, dD, ddt_bias, dstate = ssd_triton.backward(
+        weights[0].float(), weights[1].float(), **arguments, starts=starts, run=run, softplus=True, low=limit[0],
+        high=limit[1],
+    )  # fmt: skip
+    got = [y, state, dx, ddt, dA, dB, dC, dD, ddt_bias, dstate]
+    for name, ours, right in zip(("y", "state", *exact), got, (*want, *want_gradients), strict=True):
+        error = (ours.double() - right).norm() / right.norm()
+        assert error <= 5e-6, (name, float(error))  # decays down to exp(-50) a step: dA is small and badly conditioned
+
+
 def test_a_wrong_shape_is_named_with_both_sides():
     arguments = {k: v.detach() for k, v in make().items()}
     arguments["dt"] = arguments["dt"][:, :-1]
