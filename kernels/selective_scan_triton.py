@@ -1,17 +1,18 @@
-"""The selective scan on NVIDIA GPUs, in Triton: three kernels forward, four backward, no atomics.
+"""The selective scan on NVIDIA GPUs, in Triton: three kernels forward, three backward, no atomics.
 
 Time is cut into segments. Forward, `_walk` first finds for every segment the state at its end when it starts from zero,
 and the sum of dt over it; since the decay over a segment is exp(A sum dt), `_chain` turns these into the state before
-every segment; a second `_walk` starts from there and writes y. A program of one warp holds the states of its channels
-in registers, all n of a channel in one thread, so that the sum over n needs no other thread.
+every segment; a second `_walk` starts from there and writes y. A warp holds the states of 32 channels in registers, all
+n of a channel in one thread, so that the sum over n needs no other thread.
 
-Backward, `_walk_back` and `_chain` do the same for the adjoint, and `_gradients` takes a segment from its last chunk of
-STEPS steps to its first. It knows the state before the chunk (stored forward) and the adjoint after it. It walks the
-chunk forward and notes the state before every TURN steps in a scratch that stays in cache; then, block by block from
-the last, it recomputes TURN states and decays into registers and walks them backwards. Here a warp is laid out as 4 n
-by 8 channels, with several of both per thread, since dB and dC are sums over channels and y, dx, ddt sums over n.
+Backward, `_walk_back` and `_chain` do the same for the adjoint, and `_gradients` takes a segment from its end to its
+start, PIECE steps at a time. It knows the state before (stored forward every STEPS steps) and the adjoint after. It
+walks the piece forward and notes the state before every TURN steps in a scratch that stays in cache; then, from the
+last to the first, it recomputes TURN states and decays into registers and walks them backwards. Here a warp is laid out
+as 8 channels by 4 n, with several of both per thread, since dB and dC are sums over channels and y, dx, ddt sums over n.
 """
 
+import functools
 import math
 
 import torch
@@ -20,10 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 STEPS = 64  # as in selective_scan.py
-FIRST, SECOND, BACK = (32, 4, None), (32, 4, 160), (32, 4, None)
+FIRST, SECOND, BACK = (4, 4, 112), (4, 4, 112), (4, 4, 112)  # warps, stages, registers
+WIDE = 1 << 19
 TURN = 4
 TILE = 16
 ROWS = 8
+STAGES = 3
+WARPS, PIECE = 8, 32
 PROGRAMS = 8
 SEG_F, SEG_B = 16, 4
 MAXREG = None
@@ -64,119 +68,87 @@ def _load(p, mask):
     return tl.load(p) if mask is None else tl.load(p, mask, 0.0)
 
 
-@triton.jit
-def _channels(block, e, per_group, blocks, n, N: tl.constexpr, E: tl.constexpr):
-    """Of a channel block: its group, channels (E,), which of them exist, and states (N, E) in a tensor (n, e)."""
-    group = block // blocks
-    within = (block % blocks) * E + tl.arange(0, E)
-    return group, group * per_group + within, within < per_group
-
-
 @triton.jit(do_not_specialize=["l", "one", "segments", "per_segment"])
 def _walk(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, initial_ptr, resets_ptr,
     starts_ptr, total_ptr, y_ptr, final_ptr,
     l, e, n, one, per_group, blocks, all_blocks, segments, per_segment, chunks, low, high,
     x_b, x_l, dt_b, dt_l, z_b, z_l, B_b, B_l, B_g, C_b, C_l, C_g,
-    N: tl.constexpr, E: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr, OUTPUT: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, EVEN_E: tl.constexpr, EVEN_L: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, OUTPUT: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, EVEN_N: tl.constexpr, EVEN_E: tl.constexpr,
 ):  # fmt: skip
     """Walks a segment forward. Without OUTPUT: from zero, to its end state and sum of dt; with it: from the true start.
 
-    `one` is 1, but the compiler must not know: it would give a thread neighbouring channels, and shuffle.
+    A tile of states is [e / 2, 2, n]: a thread has two neighbouring channels (4 bytes is the least that can be fetched
+    ahead) and all their n. `one` is 1, but the compiler must not know, or it would spread n over lanes for wider loads.
     """
     pid = tl.program_id(0)
     walked = segments if OUTPUT else segments - 1
     segment = (pid // all_blocks) % walked
     i_b = (pid // all_blocks // walked).to(tl.int64)
-    group, o_e, m_e = _channels(pid % all_blocks, e, per_group, blocks, n, N, E)
+    group = pid % all_blocks // blocks
+    within = pid % all_blocks % blocks * E + (tl.arange(0, E // 2) * 2 * one)[:, None] + tl.arange(0, 2)[None, :]
+    o_e, m_e = group * per_group + within, within < per_group
     o_n = tl.arange(0, N)
     m_n = o_n < n
-    o_h = o_n[None, :] * e + o_e[:, None] * one
-    m_h = m_e[:, None] & m_n[None, :]
-    A = tl.load(A_ptr + o_e[:, None] * n + o_n[None, :] * one, m_h, 0.0).to(tl.float32) * LOG2E
-    bias = tl.zeros([E], tl.float32)
+    m_h = m_e[:, :, None] & m_n[None, None, :]
+    e_h, n_h = o_e[:, :, None] * one, o_n[None, None, :] * one  # of no known order: threads are laid along channels
+    A = tl.load(A_ptr + e_h * n + n_h, m_h, 0.0).to(tl.float32) * LOG2E
+    bias = tl.zeros([E // 2, 2], tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + o_e * one, m_e, 0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + o_e, m_e, 0.0).to(tl.float32)
     first = segment.to(tl.int64) * per_segment * STEPS
-    p_e = o_e * one
-    p_x = x_ptr + i_b * x_b + first * x_l
-    p_dt = dt_ptr + i_b * dt_b + first * dt_l
-    p_B = B_ptr + i_b * B_b + first * B_l + group * B_g
+    x_ptr += i_b * x_b + first * x_l
+    dt_ptr += i_b * dt_b + first * dt_l
+    B_ptr += i_b * B_b + first * B_l + group * B_g
     starts_ptr += (i_b * chunks + segment * per_segment) * n * e
-    h = tl.zeros([E, N], tl.float32)
+    h = tl.zeros([E // 2, 2, N], tl.float32)
+    total = tl.zeros([E // 2, 2], tl.float32)
+    D = tl.zeros([E // 2, 2], tl.float32)
     if OUTPUT:
-        p_C = C_ptr + i_b * C_b + first * C_l + group * C_g
-        p_y = y_ptr + (i_b * l + first) * e
+        C_ptr += i_b * C_b + first * C_l + group * C_g
+        y_ptr += (i_b * l + first) * e
         if z_ptr is not None:
-            p_z = z_ptr + i_b * z_b + first * z_l
+            z_ptr += i_b * z_b + first * z_l
         if D_ptr is not None:
-            D = tl.load(D_ptr + p_e, m_e, 0.0).to(tl.float32)
+            D = tl.load(D_ptr + o_e, m_e, 0.0).to(tl.float32)
         if segment > 0:
-            h = tl.load(starts_ptr + o_h, m_h, 0.0)
+            h = tl.load(starts_ptr + n_h * e + e_h, m_h, 0.0)
         elif initial_ptr is not None:
-            h = tl.load(initial_ptr + (i_b * e + o_e[:, None]) * n + o_n[None, :] * one, m_h, 0.0).to(tl.float32)
-    else:
-        total = tl.zeros([E], tl.float32)
-        p_total = total_ptr + (i_b * segments + segment) * e + p_e
-        pin = m_e & (l < 0)  # a store that never happens, which loads cannot be moved past: all are under way at once
+            h = tl.load(initial_ptr + (i_b * e + e_h) * n + n_h, m_h, 0.0).to(tl.float32)
+    if resets_ptr is not None:
+        resets_ptr += i_b * l + first
+    here = None if EVEN_E else m_e
+    row = None if EVEN_N else m_n
     steps = tl.minimum(per_segment * STEPS, l - first).to(tl.int32)
     for chunk in range(0, steps, STEPS):
         if OUTPUT:
-            tl.store(starts_ptr + chunk // STEPS * n * e + o_h, h, m_h)
-        for t in range(chunk, tl.minimum(chunk + STEPS, steps), K):
-            xs, dts, Bs, Cs, zs = (), (), (), (), ()
-            for k in tl.static_range(K):
-                here = None if EVEN_E else m_e
-                row = m_n
-                if not EVEN_L:
-                    here = m_e & (t + k < steps)
-                    row = m_n & (t + k < steps)
-                xs += (_load(p_x + k * x_l + p_e, here),)
-                dts += (_load(p_dt + k * dt_l + p_e, here),)
-                Bs += (_load(p_B + k * B_l + o_n, row),)
-                if OUTPUT:
-                    Cs += (_load(p_C + k * C_l + o_n, row),)
-                    if z_ptr is not None:
-                        zs += (_load(p_z + k * z_l + p_e, here),)
-            for k in tl.static_range(K):
-                x = xs[k].to(tl.float32)
-                dt = _step_size(dts[k].to(tl.float32) + bias, low, high, SOFTPLUS, LIMITED)
-                if not EVEN_L:
-                    dt = tl.where(t + k < steps, dt, 0.0)
-                if resets_ptr is not None:
-                    if t + k < steps:
-                        h = tl.where(tl.load(resets_ptr + i_b * l + first + t + k) != 0, 0.0, h)
-                h = h * tl.exp2(dt[:, None] * A) + (dt * x)[:, None] * Bs[k].to(tl.float32)[None, :]
-                if OUTPUT:
-                    y = tl.sum(h * Cs[k].to(tl.float32)[None, :], 1)
-                    if D_ptr is not None:
-                        y += D * x
-                    if z_ptr is not None:
-                        z = zs[k].to(tl.float32)
-                        y = y * z * _sigmoid(z)
-                    here = None if EVEN_E else m_e
-                    if not EVEN_L:
-                        here = m_e & (t + k < steps)
-                    tl.store(p_y + k * e + p_e, y.to(y_ptr.dtype.element_ty), here)
-                else:
-                    total += dt
-                    if k == 0:
-                        tl.store(p_total, total, pin)
-            p_x += K * x_l
-            p_dt += K * dt_l
-            p_B += K * B_l
+            tl.store(starts_ptr + chunk // STEPS * n * e + n_h * e + e_h, h, m_h)
+        for t in tl.range(chunk, tl.minimum(chunk + STEPS, steps), num_stages=STAGES):
+            x = _load(x_ptr + t * x_l + o_e, here).to(tl.float32)
+            dt = _load(dt_ptr + t * dt_l + o_e, here).to(tl.float32)
+            dt = _step_size(dt + bias, low, high, SOFTPLUS, LIMITED)
+            B = _load(B_ptr + t * B_l + o_n, row).to(tl.float32)
+            if resets_ptr is not None:
+                h = tl.where(tl.load(resets_ptr + t) != 0, 0.0, h)
+            h = h * tl.exp2(dt[:, :, None] * A) + (dt * x)[:, :, None] * B[None, None, :]
             if OUTPUT:
-                p_C += K * C_l
-                p_y += K * e
+                C = _load(C_ptr + t * C_l + o_n, row).to(tl.float32)
+                y = tl.sum(h * C[None, None, :], 2)
+                if D_ptr is not None:
+                    y += D * x
                 if z_ptr is not None:
-                    p_z += K * z_l
+                    z = _load(z_ptr + t * z_l + o_e, here).to(tl.float32)
+                    y = y * z * _sigmoid(z)
+                tl.store(y_ptr + t * e + o_e, y.to(y_ptr.dtype.element_ty), here)
+            else:
+                total += dt
     if OUTPUT:
         if segment == segments - 1:
-            tl.store(final_ptr + (i_b * e + o_e[:, None]) * n + o_n[None, :] * one, h, m_h)
+            tl.store(final_ptr + (i_b * e + e_h) * n + n_h, h, m_h)
     else:
-        tl.store(starts_ptr + per_segment * n * e + o_h, h, m_h)
-        tl.store(p_total, total, m_e)
+        tl.store(starts_ptr + per_segment * n * e + n_h * e + e_h, h, m_h)
+        tl.store(total_ptr + (i_b * segments + segment) * e + o_e, total, m_e)
 
 
 @triton.jit
@@ -234,71 +206,52 @@ def _walk_back(
     dy_ptr, dt_ptr, A_ptr, C_ptr, z_ptr, bias_ptr, resets_ptr, carries_ptr, total_ptr,
     l, e, n, one, per_group, blocks, all_blocks, segments, per_segment, low, high,
     dy_b, dy_l, dt_b, dt_l, z_b, z_l, C_b, C_l, C_g,
-    N: tl.constexpr, E: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, EVEN_E: tl.constexpr, EVEN_L: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, EVEN_N: tl.constexpr, EVEN_E: tl.constexpr,
 ):  # fmt: skip
     """Walks segments 1, 2, ... backwards from adjoint zero, to what leaves their first step, and their sums of dt."""
     pid = tl.program_id(0)
     segment = (pid // all_blocks) % (segments - 1) + 1
     i_b = (pid // all_blocks // (segments - 1)).to(tl.int64)
-    group, o_e, m_e = _channels(pid % all_blocks, e, per_group, blocks, n, N, E)
+    group = pid % all_blocks // blocks
+    within = pid % all_blocks % blocks * E + (tl.arange(0, E // 2) * 2 * one)[:, None] + tl.arange(0, 2)[None, :]
+    o_e, m_e = group * per_group + within, within < per_group
     o_n = tl.arange(0, N)
     m_n = o_n < n
-    m_h = m_e[:, None] & m_n[None, :]
-    p_e = o_e * one
-    A = tl.load(A_ptr + o_e[:, None] * n + o_n[None, :] * one, m_h, 0.0).to(tl.float32) * LOG2E
-    bias = tl.zeros([E], tl.float32)
+    m_h = m_e[:, :, None] & m_n[None, None, :]
+    e_h, n_h = o_e[:, :, None] * one, o_n[None, None, :] * one
+    A = tl.load(A_ptr + e_h * n + n_h, m_h, 0.0).to(tl.float32) * LOG2E
+    bias = tl.zeros([E // 2, 2], tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + p_e, m_e, 0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + o_e, m_e, 0.0).to(tl.float32)
     first = segment.to(tl.int64) * per_segment * STEPS
-    steps = tl.minimum(per_segment * STEPS, l - first).to(tl.int32)
-    last = first + (tl.cdiv(steps, K) - 1) * K
-    p_dy = dy_ptr + i_b * dy_b + last * dy_l
-    p_dt = dt_ptr + i_b * dt_b + last * dt_l
-    p_C = C_ptr + i_b * C_b + last * C_l + group * C_g
+    dy_ptr += i_b * dy_b + first * dy_l
+    dt_ptr += i_b * dt_b + first * dt_l
+    C_ptr += i_b * C_b + first * C_l + group * C_g
     if z_ptr is not None:
-        p_z = z_ptr + i_b * z_b + last * z_l
-    carry = tl.zeros([E, N], tl.float32)
-    total = tl.zeros([E], tl.float32)
-    p_total = total_ptr + (i_b * segments + segment) * e + p_e
-    pin = m_e & (l < 0)
-    for back in range(0, steps, K):
-        t = (tl.cdiv(steps, K) - 1) * K - back
-        dys, dts, Cs, zs = (), (), (), ()
-        for k in tl.static_range(K):
-            here = None if EVEN_E else m_e
-            row = m_n
-            if not EVEN_L:
-                here = m_e & (t + k < steps)
-                row = m_n & (t + k < steps)
-            dys += (_load(p_dy + k * dy_l + p_e, here),)
-            dts += (_load(p_dt + k * dt_l + p_e, here),)
-            Cs += (_load(p_C + k * C_l + o_n, row),)
-            if z_ptr is not None:
-                zs += (_load(p_z + k * z_l + p_e, here),)
-        for k in tl.static_range(K - 1, -1, -1):
-            dy = dys[k].to(tl.float32)
-            if z_ptr is not None:
-                z = zs[k].to(tl.float32)
-                dy = dy * z * _sigmoid(z)
-            dt = _step_size(dts[k].to(tl.float32) + bias, low, high, SOFTPLUS, LIMITED)
-            if not EVEN_L:
-                dt = tl.where(t + k < steps, dt, 0.0)
-            total += dt
-            if k == K - 1:
-                tl.store(p_total, total, pin)
-            carry = (carry + dy[:, None] * Cs[k].to(tl.float32)[None, :]) * tl.exp2(dt[:, None] * A)
-            if resets_ptr is not None:
-                if t + k < steps:
-                    carry = tl.where(tl.load(resets_ptr + i_b * l + first + t + k) != 0, 0.0, carry)
-        p_dy -= K * dy_l
-        p_dt -= K * dt_l
-        p_C -= K * C_l
+        z_ptr += i_b * z_b + first * z_l
+    if resets_ptr is not None:
+        resets_ptr += i_b * l + first
+    here = None if EVEN_E else m_e
+    row = None if EVEN_N else m_n
+    carry = tl.zeros([E // 2, 2, N], tl.float32)
+    total = tl.zeros([E // 2, 2], tl.float32)
+    steps = tl.minimum(per_segment * STEPS, l - first).to(tl.int32)
+    for back in tl.range(0, steps, num_stages=STAGES):
+        t = steps - 1 - back
+        dy = _load(dy_ptr + t * dy_l + o_e, here).to(tl.float32)
         if z_ptr is not None:
-            p_z -= K * z_l
-    o_h = o_n[None, :] * e + o_e[:, None] * one
-    tl.store(carries_ptr + (i_b * segments + segment - 1) * n * e + o_h, carry, m_h)
-    tl.store(p_total, total, m_e)
+            z = _load(z_ptr + t * z_l + o_e, here).to(tl.float32)
+            dy = dy * z * _sigmoid(z)
+        dt = _load(dt_ptr + t * dt_l + o_e, here).to(tl.float32)
+        dt = _step_size(dt + bias, low, high, SOFTPLUS, LIMITED)
+        C = _load(C_ptr + t * C_l + o_n, row).to(tl.float32)
+        total += dt
+        carry = (carry + dy[:, :, None] * C[None, None, :]) * tl.exp2(dt[:, :, None] * A)
+        if resets_ptr is not None:
+            carry = tl.where(tl.load(resets_ptr + t) != 0, 0.0, carry)
+    tl.store(carries_ptr + (i_b * segments + segment - 1) * n * e + n_h * e + e_h, carry, m_h)
+    tl.store(total_ptr + (i_b * segments + segment) * e + o_e, total, m_e)
 
 
 @triton.jit
@@ -320,49 +273,68 @@ def _operands_back(s_dt, s_u, s_dy, p_B, p_C, B_l, C_l, e_row, n_row, m_row, t, 
     return dt, u, dy, tl.load(p_B + t * B_l + n_row, m_t, 0.0), tl.load(p_C + t * C_l + n_row, m_t, 0.0)
 
 
+@triton.jit
+def _over_channels(v):
+    """Sum of a tile over a warp's channels, as a tensor of n."""
+    total = tl.sum(tl.sum(v, 3), 0, keep_dims=True)
+    return tl.broadcast_to(total, [v.shape[0], v.shape[1], v.shape[2], v.shape[4]])
+
+
+@triton.jit
+def _over_n(v):
+    """Sum of a tile over n, as a tensor of channels."""
+    total = tl.sum(tl.sum(v, 4), 1, keep_dims=True)
+    return tl.broadcast_to(total, [v.shape[0], v.shape[1], v.shape[2], v.shape[3]])
+
+
 @triton.jit(do_not_specialize=["l", "one", "segments", "per_segment", "tasks", "parts"])
 def _gradients(
     dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, resets_ptr, starts_ptr, carries_ptr,
     scratch_ptr, dx_ptr, ddt_ptr, dz_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dinitial_ptr,
     b, l, e, n, one, per_group, blocks, groups, segments, per_segment, chunks, tasks, parts, blocks_per_part, low, high,
     dy_b, dy_l, x_b, x_l, dt_b, dt_l, z_b, z_l, B_b, B_l, B_g, C_b, C_l, C_g,
-    NH: tl.constexpr, NL: tl.constexpr, EH: tl.constexpr, EL: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    STEPS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
+    NH: tl.constexpr, NL: tl.constexpr, EH: tl.constexpr, EL: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
+    R: tl.constexpr, PIECE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a segment of time and a part of a group's channels, one channel block after the other.
 
     Segments' dA goes where their incoming adjoint was. The scratch of a program: the states before every T steps, and
-    arrays over a chunk's steps, (STEPS, E): dt, u = dt x, dy silu(z), y, of which the walk back replaces the second and
-    third by the gradients of u and of dt through the decay; (STEPS, N): dB, dC.
+    arrays over a piece's steps, (PIECE, E): dt, u = dt x, dy silu(z), y, of which the walk back replaces the second and
+    third by the gradients of u and of dt through the decay; (PIECE, W, N): dB, dC of each warp.
     """
-    E: tl.constexpr = EH * EL
+    E: tl.constexpr = W * EH * EL
     N: tl.constexpr = NH * NL
-    BLOCKS: tl.constexpr = STEPS // T
+    BLOCKS: tl.constexpr = PIECE // T
     program = tl.program_id(0)
-    notes_ptr = scratch_ptr + program.to(tl.int64) * (BLOCKS * N * E + 4 * STEPS * E + 2 * STEPS * N)
+    notes_ptr = scratch_ptr + program.to(tl.int64) * (BLOCKS * N * E + 4 * PIECE * E + 2 * PIECE * W * N)
     s_dt = notes_ptr + BLOCKS * N * E
-    s_u = s_dt + STEPS * E
-    s_dy = s_u + STEPS * E
-    s_y = s_dy + STEPS * E
-    s_dB = s_y + STEPS * E
-    s_dC = s_dB + STEPS * N
-    # A tile of states is [e_low, n_low, e_high, n_high]: lanes 8 channels by 4 n, the rest within a thread. Tensors of
-    # channels are loaded as [e_low, n_low, e_high] and tensors of n as [e_low, n_low, n_high], each with one dimension
-    # in vain, so that they come as the tile needs them; 64 bits, so that constant offsets become part of instructions.
+    s_u = s_dt + PIECE * E
+    s_dy = s_u + PIECE * E
+    s_y = s_dy + PIECE * E
+    s_dB = s_y + PIECE * E
+    s_dC = s_dB + PIECE * W * N
+    # A tile of states is [e_low, n_low, warp, e_high, n_high]: lanes 8 channels by 4 n, the last two within a thread.
+    # Tensors of channels are loaded as [e_low, n_low, warp, e_high] and tensors of n as [e_low, n_low, warp, n_high],
+    # partly in vain, so that they come as the tile needs them; 64 bits, so that constant offsets become part of
+    # instructions.
     e_low, n_low = tl.arange(0, EL).to(tl.int64) * EH * one, tl.arange(0, NL).to(tl.int64) * NH * one
     e_high, n_high = tl.arange(0, EH).to(tl.int64), tl.arange(0, NH).to(tl.int64)
-    e_tile = e_low[:, None, None, None] + e_high[None, None, :, None]
-    n_tile = n_low[None, :, None, None] + n_high[None, None, None, :]
-    o_tile = n_tile * E + e_tile
-    e_row = e_low[:, None, None] + e_high[None, None, :] + tl.zeros([1, NL, 1], tl.int64)
-    n_row = n_low[None, :, None] + n_high[None, None, :] + tl.zeros([EL, 1, 1], tl.int64)
+    warp = tl.arange(0, W).to(tl.int64) * one
+    e_row = (e_low[:, None, None, None] + e_high[None, None, None, :]) + (warp * (EH * EL))[None, None, :, None]
+    e_row += tl.zeros([1, NL, 1, 1], tl.int64)
+    n_row = n_low[None, :, None, None] + n_high[None, None, None, :] + tl.zeros([EL, 1, W, 1], tl.int64)
     m_row = n_row < n
-    # Beside the walks, R steps at a time are a tile [e / 4, step, 4]: 8 lanes along the channels, 4 along time.
+    n_out = n_row + (warp * N)[None, None, :, None]
+    e_tile = e_low[:, None, None, None, None] + e_high[None, None, None, :, None]
+    e_tile += (warp * (EH * EL))[None, None, :, None, None]
+    n_tile = n_low[None, :, None, None, None] + n_high[None, None, None, None, :]
+    o_tile = n_tile * E + e_tile
+    # Beside the walks, R steps at a time are a tile [e / 4, step, 4].
     c_e = (
         (tl.arange(0, E // 4) * 4 * one)[:, None, None] + tl.arange(0, 4)[None, None, :] + tl.zeros([1, R, 1], tl.int32)
     )
     c_r = tl.arange(0, R)[None, :, None]
-    o_sums = tl.arange(0, STEPS)[:, None] * N + tl.arange(0, N)[None, :]
     never = l < 0  # loads are not moved down past a store, even one that never happens: all are under way at once
     for task in range(program, tasks, tl.num_programs(0)):
         part = task % parts
@@ -377,115 +349,118 @@ def _gradients(
         for block in range(low_block, high_block):
             first_e = group * per_group + block * E
             c_in = block * E + c_e < per_group
-            e_all = group * per_group + block * E + e_tile
+            e_all = first_e + e_tile
             m_tile = (block * E + e_tile < per_group) & (n_tile < n)
             A = tl.load(A_ptr + e_all * n + n_tile, m_tile, 0.0).to(tl.float32) * LOG2E
             o_state = n_tile * e + e_all
             p_carry = carries_ptr + (i_b * segments + segment) * n * e + o_state
             carry = tl.load(p_carry, m_tile, 0.0)
-            dA = tl.zeros([EL, NL, EH, NH], tl.float32)
+            dA = tl.zeros([EL, NL, W, EH, NH], tl.float32)
             dbias = tl.zeros([E // 4, 4], tl.float32)
             dD = tl.zeros([E // 4, 4], tl.float32)
-            for back in range(0, steps, STEPS):
-                chunk = (tl.cdiv(steps, STEPS) - 1) * STEPS - back
-                for r in range(0, STEPS, R):
-                    row = first + chunk + r
-                    m_s = c_in & (chunk + r + c_r < steps)
-                    raw = tl.load(dt_ptr + i_b * dt_b + row * dt_l + first_e + (c_e + c_r * dt_l), m_s, 0.0).to(
-                        tl.float32
-                    )
-                    x = tl.load(x_ptr + i_b * x_b + row * x_l + first_e + (c_e + c_r * x_l), m_s, 0.0).to(tl.float32)
-                    dy = tl.load(dy_ptr + i_b * dy_b + row * dy_l + first_e + (c_e + c_r * dy_l), m_s, 0.0).to(
-                        tl.float32
-                    )
-                    if bias_ptr is not None:
-                        raw += tl.load(bias_ptr + first_e + c_e, c_in, 0.0).to(tl.float32)
-                    if z_ptr is not None:
-                        z = tl.load(z_ptr + i_b * z_b + row * z_l + first_e + (c_e + c_r * z_l), m_s, 0.0).to(
-                            tl.float32
+            for back in range(0, steps, PIECE):
+                chunk = (tl.cdiv(steps, PIECE) - 1) * PIECE - back
+                # From the stored state before it, through the pieces before this one, to this piece's states.
+                from_ = chunk // STEPS * STEPS
+                o_start = (i_b * chunks + segment * per_segment + chunk // STEPS) * n * e
+                h = tl.load(starts_ptr + o_start + o_state, m_tile, 0.0)
+                for piece in range(from_, chunk + 1, PIECE):
+                    for r in range(0, PIECE, R):
+                        row = first + piece + r
+                        m_s = c_in & (piece + r + c_r < steps)
+                        raw = tl.load(dt_ptr + i_b * dt_b + row * dt_l + first_e + (c_e + c_r * dt_l), m_s, 0.0)
+                        raw = raw.to(tl.float32)
+                        x = tl.load(x_ptr + i_b * x_b + row * x_l + first_e + (c_e + c_r * x_l), m_s, 0.0)
+                        if piece == chunk:
+                            p_dy = dy_ptr + i_b * dy_b + row * dy_l + first_e
+                            dy = tl.load(p_dy + (c_e + c_r * dy_l), m_s, 0.0).to(tl.float32)
+                            if z_ptr is not None:
+                                p_z = z_ptr + i_b * z_b + row * z_l + first_e
+                                z = tl.load(p_z + (c_e + c_r * z_l), m_s, 0.0).to(tl.float32)
+                                dy = dy * z * _sigmoid(z)
+                            tl.store(s_dy + r * E + (c_e + c_r * E), dy)
+                        if bias_ptr is not None:
+                            raw += tl.load(bias_ptr + first_e + c_e, c_in, 0.0).to(tl.float32)
+                        dt = tl.where(m_s, _step_size(raw, low, high, SOFTPLUS, LIMITED), 0.0)
+                        tl.store(s_dt + r * E + (c_e + c_r * E), dt)
+                        tl.store(s_u + r * E + (c_e + c_r * E), dt * x.to(tl.float32))
+                    tl.debug_barrier()
+
+                    p_B = B_ptr + i_b * B_b + (first + piece) * B_l + group * B_g
+                    if resets_ptr is not None:
+                        p_cut = resets_ptr + i_b * l + first + piece
+                    dts, us, Bs = _operands(s_dt, s_u, p_B, B_l, e_row, n_row, m_row, 0, steps - piece, T, E)
+                    last = BLOCKS - (piece == chunk).to(tl.int32)
+                    for i in range(last):
+                        t0 = i * T
+                        tl.store(notes_ptr + i * N * E + o_tile, h)
+                        dts_next, us_next, Bs_next = _operands(
+                            s_dt, s_u, p_B, B_l, e_row, n_row, m_row, t0 + T, steps - piece, T, E
                         )
-                        dy = dy * z * _sigmoid(z)
-                    dt = tl.where(m_s, _step_size(raw, low, high, SOFTPLUS, LIMITED), 0.0)
-                    tl.store(s_dt + r * E + (c_e + c_r * E), dt)
-                    tl.store(s_u + r * E + (c_e + c_r * E), dt * x)
-                    tl.store(s_dy + r * E + (c_e + c_r * E), dy)
-                tl.debug_barrier()
+                        for k in tl.static_range(T):
+                            if resets_ptr is not None:
+                                h = tl.where(tl.load(p_cut + t0 + k, piece + t0 + k < steps, 0) != 0, 0.0, h)
+                            h = h * tl.exp2(dts[k][:, :, :, :, None] * A)
+                            h += us[k][:, :, :, :, None] * Bs[k].to(tl.float32)[:, :, :, None, :]
+                        tl.store(s_y + e_row, 0.0, never)
+                        dts, us, Bs = dts_next, us_next, Bs_next
+                    if piece < chunk:
+                        tl.debug_barrier()
+                tl.store(notes_ptr + (BLOCKS - 1) * N * E + o_tile, h)
 
                 p_B = B_ptr + i_b * B_b + (first + chunk) * B_l + group * B_g
                 p_C = C_ptr + i_b * C_b + (first + chunk) * C_l + group * C_g
-                o_start = (i_b * chunks + segment * per_segment + chunk // STEPS) * n * e
-                h = tl.load(starts_ptr + o_start + o_state, m_tile, 0.0)
-                tl.store(notes_ptr + o_tile, h)
-                dts, us, Bs = _operands(s_dt, s_u, p_B, B_l, e_row, n_row, m_row, 0, steps - chunk, T, E)
-                for i in range(0, BLOCKS - 1):
-                    t0 = i * T
-                    dts_next, us_next, Bs_next = _operands(
-                        s_dt, s_u, p_B, B_l, e_row, n_row, m_row, t0 + T, steps - chunk, T, E
-                    )
-                    for k in tl.static_range(T):
-                        if resets_ptr is not None:
-                            if chunk + t0 + k < steps:
-                                h = tl.where(tl.load(resets_ptr + i_b * l + first + chunk + t0 + k) != 0, 0.0, h)
-                        h = h * tl.exp2(dts[k][:, :, :, None] * A)
-                        h += us[k][:, :, :, None] * Bs[k].to(tl.float32)[:, :, None, :]
-                    tl.store(notes_ptr + (i + 1) * N * E + o_tile, h)
-                    dts, us, Bs = dts_next, us_next, Bs_next
-                for i in range(0, BLOCKS):
+                if resets_ptr is not None:
+                    p_cut = resets_ptr + i_b * l + first + chunk
+                for i in range(BLOCKS):
                     t0 = (BLOCKS - 1 - i) * T
                     h = tl.load(notes_ptr + (BLOCKS - 1 - i) * N * E + o_tile)
                     dts, us, Bs = _operands(s_dt, s_u, p_B, B_l, e_row, n_row, m_row, t0, steps - chunk, T, E)
                     dt_t, u_t, dy_t, B_t, C_t = _operands_back(
                         s_dt, s_u, s_dy, p_B, p_C, B_l, C_l, e_row, n_row, m_row, t0 + T - 1, steps - chunk, E
                     )
-                    tl.store(s_y + e_row, dts[0], never)
+                    tl.store(s_y + e_row, 0.0, never)
                     states, before, decays, cuts = (), (), (), ()
                     for k in tl.static_range(T):
                         states += (h,)
                         if resets_ptr is not None:
-                            here = chunk + t0 + k < steps
-                            cut = tl.load(resets_ptr + i_b * l + first + chunk + t0 + k, here, 0) != 0
+                            cut = tl.load(p_cut + t0 + k, chunk + t0 + k < steps, 0) != 0
                             h = tl.where(cut, 0.0, h)
                             cuts += (cut,)
                         before += (h,)
-                        decays += (tl.exp2(dts[k][:, :, :, None] * A),)
-                        h = h * decays[k] + us[k][:, :, :, None] * Bs[k].to(tl.float32)[:, :, None, :]
+                        decays += (tl.exp2(dts[k][:, :, :, :, None] * A),)
+                        h = h * decays[k] + us[k][:, :, :, :, None] * Bs[k].to(tl.float32)[:, :, :, None, :]
                     for k in tl.static_range(T - 1, -1, -1):
                         t = t0 + k
-                        dt_k, u_k, dy_k = dt_t[:, :, :, None], u_t[:, :, :, None], dy_t[:, :, :, None]
-                        B_k, C_k = B_t.to(tl.float32)[:, :, None, :], C_t.to(tl.float32)[:, :, None, :]
+                        dt_k, u_k, dy_k = dt_t[:, :, :, :, None], u_t[:, :, :, :, None], dy_t[:, :, :, :, None]
+                        B_k, C_k = B_t.to(tl.float32)[:, :, :, None, :], C_t.to(tl.float32)[:, :, :, None, :]
                         if k > 0:
                             dt_t, u_t, dy_t, B_t, C_t = _operands_back(
                                 s_dt, s_u, s_dy, p_B, p_C, B_l, C_l, e_row, n_row, m_row, t - 1, steps - chunk, E
                             )
-                        dC = tl.sum(tl.sum(dy_k * h, 2), 0, keep_dims=True)
-                        tl.store(s_dC + t * N + n_row, tl.broadcast_to(dC, [EL, NL, NH]))
+                        tl.store(s_dC + t * (W * N) + n_out, _over_channels(dy_k * h))
                         if z_ptr is not None:
-                            y = tl.sum(tl.sum(h * C_k, 3), 1, keep_dims=True)
-                            tl.store(s_y + t * E + e_row, tl.broadcast_to(y, [EL, NL, EH]))
+                            tl.store(s_y + t * E + e_row, _over_n(h * C_k))
                         g = carry + dy_k * C_k
-                        dB = tl.sum(tl.sum(u_k * g, 2), 0, keep_dims=True)
-                        tl.store(s_dB + t * N + n_row, tl.broadcast_to(dB, [EL, NL, NH]))
-                        du = tl.sum(tl.sum(g * B_k, 3), 1, keep_dims=True)
-                        tl.store(s_u + t * E + e_row, tl.broadcast_to(du, [EL, NL, EH]))
+                        tl.store(s_dB + t * (W * N) + n_out, _over_channels(u_k * g))
+                        tl.store(s_u + t * E + e_row, _over_n(g * B_k))
                         carry = g * decays[k]
                         if resets_ptr is not None:
                             carry = tl.where(cuts[k], 0.0, carry)
                         w = carry * before[k]
                         dA += w * dt_k
-                        through_decay = tl.sum(tl.sum(w * A, 3), 1, keep_dims=True)
-                        tl.store(s_dy + t * E + e_row, tl.broadcast_to(through_decay, [EL, NL, EH]))
+                        tl.store(s_dy + t * E + e_row, _over_n(w * A))
                         h = states[k]
                 tl.debug_barrier()
 
                 dD_chunk = tl.zeros([E // 4, R, 4], tl.float32)
                 dbias_chunk = tl.zeros([E // 4, R, 4], tl.float32)
-                for r in range(0, STEPS, R):
+                for r in range(0, PIECE, R):
                     row = first + chunk + r
                     m_s = c_in & (chunk + r + c_r < steps)
                     x = tl.load(x_ptr + i_b * x_b + row * x_l + first_e + (c_e + c_r * x_l), m_s, 0.0).to(tl.float32)
-                    dy = tl.load(dy_ptr + i_b * dy_b + row * dy_l + first_e + (c_e + c_r * dy_l), m_s, 0.0).to(
-                        tl.float32
-                    )
+                    dy = tl.load(dy_ptr + i_b * dy_b + row * dy_l + first_e + (c_e + c_r * dy_l), m_s, 0.0)
+                    dy = dy.to(tl.float32)
                     ddt = tl.load(s_dy + r * E + (c_e + c_r * E)) * (1.0 / LOG2E)
                     du = tl.load(s_u + r * E + (c_e + c_r * E))
                     dx = tl.load(s_dt + r * E + (c_e + c_r * E)) * du
@@ -503,9 +478,8 @@ def _gradients(
                             y += D * x
                     out = (i_b * l + row) * e + first_e
                     if z_ptr is not None:
-                        z = tl.load(z_ptr + i_b * z_b + row * z_l + first_e + (c_e + c_r * z_l), m_s, 0.0).to(
-                            tl.float32
-                        )
+                        z = tl.load(z_ptr + i_b * z_b + row * z_l + first_e + (c_e + c_r * z_l), m_s, 0.0)
+                        z = z.to(tl.float32)
                         gate = _sigmoid(z)
                         dz = dy * y * gate * (1.0 + z * (1.0 - gate))
                         tl.store(dz_ptr + out + (c_e + c_r * e), dz.to(dz_ptr.dtype.element_ty), m_s)
@@ -526,18 +500,22 @@ def _gradients(
                     dD += tl.sum(dD_chunk, 1)
                 if bias_ptr is not None:
                     dbias += tl.sum(dbias_chunk, 1)
-                # the first channel block stores its sums, the others add to them
-                o_out = (
-                    sums + (chunk + tl.arange(0, STEPS)).to(tl.int64)[:, None] * groups * n + tl.arange(0, N)[None, :]
-                )
-                m_out = (chunk + tl.arange(0, STEPS) < steps)[:, None] & (tl.arange(0, N) < n)[None, :]
-                dB = tl.load(s_dB + o_sums)
-                dC = tl.load(s_dC + o_sums)
+                # dB, dC: the warps' sums; the first channel block stores them, the others add to what is there
+                o_t = tl.arange(0, PIECE)
+                o_n = tl.arange(0, N)
+                o_out = sums + (chunk + o_t).to(tl.int64)[:, None] * groups * n + o_n[None, :]
+                m_out = (chunk + o_t < steps)[:, None] & (o_n < n)[None, :]
+                o_sums = o_t[:, None] * (W * N) + o_n[None, :]
+                dB = tl.zeros([PIECE, N], tl.float32)
+                dC = tl.zeros([PIECE, N], tl.float32)
                 if block > low_block:
                     dB += tl.load(dB_ptr + o_out, m_out, 0.0)
                     dC += tl.load(dC_ptr + o_out, m_out, 0.0)
-                tl.store(dB_ptr + o_out, dB, m_out)
-                tl.store(dC_ptr + o_out, dC, m_out)
+                for i in tl.static_range(W):
+                    dB += tl.load(s_dB + i * N + o_sums)
+                    dC += tl.load(s_dC + i * N + o_sums)
+                tl.store(dB_ptr + o_out, dB.to(dB_ptr.dtype.element_ty), m_out)
+                tl.store(dC_ptr + o_out, dC.to(dC_ptr.dtype.element_ty), m_out)
                 tl.debug_barrier()
             tl.store(p_carry, dA, m_tile)
             if segment == 0:
@@ -548,6 +526,11 @@ def _gradients(
                 tl.store(dD_ptr + (i_b * segments + segment) * e + first_e + o_e, dD, m_e)
             if bias_ptr is not None:
                 tl.store(dbias_ptr + (i_b * segments + segment) * e + first_e + o_e, dbias, m_e)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
@@ -562,6 +545,19 @@ def _per_segment(l: int, programs_per_segment: int, most: int) -> int:
     while size < most and chunks * programs_per_segment >= 8192 * 2 * size:
         size *= 2
     return size
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """B and C in float32, unless that costs more than it saves: every channel block would convert them again."""
+    return [t if t.numel() < WIDE else t.float() for t in tensors]
+
+
+def _width(per_group: int, N: int, warps: int) -> tuple[int, int]:
+    """Channels and warps of a program of a walk: 64 channels a warp, or 64 in all where a thread cannot hold all n."""
+    if N > 16:
+        return 64, N // 16
+    warps = min(warps, triton.next_power_of_2(triton.cdiv(per_group, 64)))
+    return 64 * warps, warps
 
 
 def _strides(t: Tensor | None) -> tuple[int, int]:
@@ -592,10 +588,10 @@ def forward(
     """y (b, l, e), the final state (b, e, n) and the states before every STEPS-th step (b, c, n, e)."""
     (b, l, e), n, groups = x.shape, A.shape[1], B.shape[2]
     x, dt, B, C, z, A = _rows(x), _rows(dt), _rows(B), _rows(C), _rows(z), A.contiguous()
+    B, C = _wide(B, C)
     D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (D, dt_bias, initial_state))
     resets = None if resets is None else resets.contiguous().view(torch.uint8)
     N = max(triton.next_power_of_2(n), 4)
-    warps = max(1, N // 32)
     per_group = e // groups
     per_segment = _per_segment(l, b * groups * triton.cdiv(per_group, 32), SEG_F)
     chunks = triton.cdiv(l, STEPS)
@@ -609,14 +605,15 @@ def forward(
         for output in (False, True):
             if segments == 1 and not output:
                 continue
-            E, unroll, registers = SECOND if output else FIRST
+            warps, stages, registers = SECOND if output else FIRST
+            E, warps = _width(per_group, N, warps)
             blocks = triton.cdiv(per_group, E)
             _walk[(b * (segments if output else segments - 1) * groups * blocks,)](
                 x, dt, A, B, C, D, z, dt_bias, initial_state, resets, starts, total, y, final,
                 l, e, n, 1, per_group, blocks, groups * blocks, segments, per_segment, chunks, low, high,
                 *_strides(x), *_strides(dt), *_strides(z), *B.stride()[:3], *C.stride()[:3],
-                N=N, E=E, K=unroll, STEPS=STEPS, OUTPUT=output, SOFTPLUS=softplus, LIMITED=limited,
-                EVEN_E=per_group % E == 0, EVEN_L=l % unroll == 0, num_warps=warps, maxnreg=registers,
+                N=N, E=E, STEPS=STEPS, STAGES=stages, OUTPUT=output, SOFTPLUS=softplus, LIMITED=limited,
+                EVEN_N=n == N, EVEN_E=per_group % E == 0, num_warps=warps, maxnreg=registers,
             )  # fmt: skip
             if not output:
                 broken = _broken(resets, segments, per_segment * STEPS)
@@ -631,15 +628,16 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, of D, z, dt_bias where given, and of the initial state."""
     (b, l, e), n, groups = x.shape, A.shape[1], B.shape[2]
-    x, dt, B, C, z, dy, A = _rows(x), _rows(dt), _rows(B), _rows(C), _rows(z), _rows(dy), A.contiguous()
+    x, dt, z, dy, A = _rows(x), _rows(dt), _rows(z), _rows(dy), A.contiguous()
+    dtypes, (B, C) = (B.dtype, C.dtype), _wide(_rows(B), _rows(C))
     D, dt_bias, dfinal = (None if t is None else t.contiguous() for t in (D, dt_bias, dfinal))
     resets = None if resets is None else resets.contiguous().view(torch.uint8)
     N = max(triton.next_power_of_2(n), 4)
-    E, unroll, registers = BACK
-    warps = max(1, N // 32)
     per_group = e // groups
+    warps, stages, registers = BACK
+    E, warps = _width(per_group, N, warps)
     blocks = triton.cdiv(per_group, E)
-    per_segment = _per_segment(l, b * groups * blocks, SEG_B)
+    per_segment = _per_segment(l, b * groups * triton.cdiv(per_group, 32), SEG_B)
     chunks = triton.cdiv(l, STEPS)
     segments = triton.cdiv(chunks, per_segment)
 
@@ -655,7 +653,7 @@ def backward(
                 dy, dt, A, C, z, dt_bias, resets, carries, total,
                 l, e, n, 1, per_group, blocks, groups * blocks, segments, per_segment, low, high,
                 *_strides(dy), *_strides(dt), *_strides(z), *C.stride()[:3],
-                N=N, E=E, K=unroll, STEPS=STEPS, EVEN_E=per_group % E == 0, EVEN_L=l % unroll == 0, **options,
+                N=N, E=E, STEPS=STEPS, STAGES=stages, EVEN_N=n == N, EVEN_E=per_group % E == 0, **options,
                 num_warps=warps, maxnreg=registers,
             )  # fmt: skip
         _run_chain(carries, total, A, dfinal, _broken(resets, segments, per_segment * STEPS), segments, 1, True)
@@ -663,9 +661,11 @@ def backward(
         NL, EL = 4, 8
         NH = N // NL
         EH = max(1, TILE // NH)
-        warps = max(1, NH // 16)
-        blocks = triton.cdiv(per_group, EH * EL)
-        programs = 132 * PROGRAMS
+        piece = min(PIECE, STEPS)
+        W = min(max(1, WARPS * 16 // max(16, NH)), triton.next_power_of_2(triton.cdiv(per_group, EH * EL)))
+        warps = W * max(1, NH // 16)
+        blocks = triton.cdiv(per_group, W * EH * EL)
+        programs = _processors(x.device) * max(1, PROGRAMS // warps)
         parts = 1  # of a group's channels, each with its own dB and dC, until there is enough to do
         while parts < blocks and b * segments * groups * parts < programs:
             parts *= 2
@@ -673,19 +673,21 @@ def backward(
         parts = triton.cdiv(blocks, blocks_per_part)
         tasks = b * segments * groups * parts
         programs = min(tasks, programs)
-        scratch = new(programs, (STEPS // TURN) * N * EH * EL + 4 * STEPS * EH * EL + 2 * STEPS * N)
+        scratch = new(programs, W * (piece // TURN * N * EH * EL + 4 * piece * EH * EL + 2 * piece * N))
         dx, ddt = new(b, l, e, dtype=x.dtype), new(b, l, e, dtype=dt.dtype)
         dz = None if z is None else new(b, l, e, dtype=z.dtype)
-        dB, dC = new(parts, *B.shape), new(parts, *C.shape)
+        sums = dtypes if blocks == 1 else (torch.float32, torch.float32)
+        dB, dC = new(parts, *B.shape, dtype=sums[0]), new(parts, *C.shape, dtype=sums[1])
         dD, dbias = (None if t is None else new(b * segments, e) for t in (D, dt_bias))
         _gradients[(programs,)](
             dy, x, dt, A, B, C, D, z, dt_bias, resets, starts, carries, scratch, dx, ddt, dz, dB, dC, dD, dbias,
             dinitial, b, l, e, n, 1, per_group, blocks, groups, segments, per_segment, chunks, tasks, groups * parts,
             blocks_per_part, low, high,
             *_strides(dy), *_strides(x), *_strides(dt), *_strides(z), *B.stride()[:3], *C.stride()[:3],
-            NH=NH, NL=NL, EH=EH, EL=EL, T=TURN, R=ROWS, STEPS=STEPS, **options, num_warps=warps, maxnreg=MAXREG,
+            NH=NH, NL=NL, EH=EH, EL=EL, W=W, T=TURN, R=min(ROWS, piece), PIECE=piece, STEPS=STEPS, STAGES=STAGES,
+            **options, num_warps=warps, maxnreg=MAXREG,
         )  # fmt: skip
-        dB, dC = (t.sum(0).to(s.dtype) if parts > 1 else t[0].to(s.dtype) for t, s in ((dB, B), (dC, C)))
+        dB, dC = ((t.sum(0) if parts > 1 else t[0]).to(dtype) for t, dtype in zip((dB, dC), dtypes, strict=True))
         dA = carries.view(b * segments, n * e).sum(0).view(n, e).t().to(A.dtype)
         dD, dbias = (None if t is None else t.sum(0).to(s.dtype) for t, s in ((dD, D), (dbias, dt_bias)))
     return [d for d in (dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial) if d is not None]
