@@ -139,7 +139,7 @@ def main(
                         rows.append(row | about)
                         _compare(rows)
                         _print(rows[-1])
-    record.write_rows(f"{gpu.removeprefix('NVIDIA ').lower().replace(' ', '-')}/{op}", rows)
+                    record.write_rows(f"{gpu.removeprefix('NVIDIA ').lower().replace(' ', '-')}/{op}", rows)
 
 
 def _compare(rows: Sequence[dict[str, Any]]) -> None:
