@@ -8,8 +8,8 @@ n of a channel in one thread, so that the sum over n needs no other thread.
 Backward, `_walk_back` and `_chain` do the same for the adjoint, and `_gradients` takes a segment from its end to its
 start, PIECE steps at a time. It knows the state before (stored forward every STEPS steps) and the adjoint after. It
 walks the piece forward and notes the state before every TURN steps in a scratch that stays in cache; then, from the
-last to the first, it recomputes TURN states and decays into registers and walks them backwards. Here a warp is laid out
-as 8 channels by 4 n, with several of both per thread, since dB and dC are sums over channels and y, dx, ddt sums over n.
+last to the first, it recomputes TURN states and decays into registers and walks them backwards. Here a warp is laid
+out as 8 channels by 4 n, several of both per thread: dB and dC are sums over channels, y, dx and ddt sums over n.
 """
 
 import functools
@@ -21,16 +21,21 @@ import triton.language as tl
 from torch import Tensor
 
 STEPS = 64  # as in selective_scan.py
-FIRST, SECOND, BACK = (4, 4, 112), (4, 4, 112), (4, 4, 112)  # warps, stages, registers
-WIDE = 1 << 19
-TURN = 4
-TILE = 16
-ROWS = 8
-STAGES = 3
-WARPS, PIECE = 8, 32
-PROGRAMS = 8
-SEG_F, SEG_B = 16, 4
-MAXREG = None
+# Measured on an H200 at l = 1,048,576, e = 256, n = 16 in bfloat16, each beside two to five alternatives:
+WARPS, STAGES, REGISTERS = (
+    4,
+    4,
+    112,
+)  # of a walk's program, steps under way, registers a thread: 4 programs per processor
+LONGEST, LONGEST_BACK = 16, 4  # chunks of STEPS steps per segment, at most
+WIDE = 1 << 19  # from so many elements on B and C are made float32 once instead of by every program
+GRADIENT_WARPS, TURN, PIECE, ROWS = (
+    8,
+    4,
+    32,
+    16,
+)  # of _gradients; ROWS: steps that its parts beside the walks take at once
+TILE, RESIDENT = 16, 8  # states per thread, and warps per processor, that its 255 registers allow
 LOG2E = tl.constexpr(1 / math.log(2))
 
 
@@ -68,7 +73,7 @@ def _load(p, mask):
     return tl.load(p) if mask is None else tl.load(p, mask, 0.0)
 
 
-@triton.jit(do_not_specialize=["l", "one", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["l", "one", "segments", "per_segment", "chunks"])
 def _walk(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, initial_ptr, resets_ptr,
     starts_ptr, total_ptr, y_ptr, final_ptr,
@@ -287,15 +292,14 @@ def _over_n(v):
     return tl.broadcast_to(total, [v.shape[0], v.shape[1], v.shape[2], v.shape[3]])
 
 
-@triton.jit(do_not_specialize=["l", "one", "segments", "per_segment", "tasks", "parts"])
+@triton.jit(do_not_specialize=["l", "one", "segments", "per_segment", "chunks", "tasks", "parts", "blocks_per_part"])
 def _gradients(
     dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, resets_ptr, starts_ptr, carries_ptr,
     scratch_ptr, dx_ptr, ddt_ptr, dz_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dinitial_ptr,
     b, l, e, n, one, per_group, blocks, groups, segments, per_segment, chunks, tasks, parts, blocks_per_part, low, high,
     dy_b, dy_l, x_b, x_l, dt_b, dt_l, z_b, z_l, B_b, B_l, B_g, C_b, C_l, C_g,
     NH: tl.constexpr, NL: tl.constexpr, EH: tl.constexpr, EL: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
-    R: tl.constexpr, PIECE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
+    R: tl.constexpr, PIECE: tl.constexpr, STEPS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a segment of time and a part of a group's channels, one channel block after the other.
 
@@ -335,7 +339,6 @@ def _gradients(
         (tl.arange(0, E // 4) * 4 * one)[:, None, None] + tl.arange(0, 4)[None, None, :] + tl.zeros([1, R, 1], tl.int32)
     )
     c_r = tl.arange(0, R)[None, :, None]
-    never = l < 0  # loads are not moved down past a store, even one that never happens: all are under way at once
     for task in range(program, tasks, tl.num_programs(0)):
         part = task % parts
         group = part // (parts // groups)
@@ -402,7 +405,6 @@ def _gradients(
                                 h = tl.where(tl.load(p_cut + t0 + k, piece + t0 + k < steps, 0) != 0, 0.0, h)
                             h = h * tl.exp2(dts[k][:, :, :, :, None] * A)
                             h += us[k][:, :, :, :, None] * Bs[k].to(tl.float32)[:, :, :, None, :]
-                        tl.store(s_y + e_row, 0.0, never)
                         dts, us, Bs = dts_next, us_next, Bs_next
                     if piece < chunk:
                         tl.debug_barrier()
@@ -419,7 +421,6 @@ def _gradients(
                     dt_t, u_t, dy_t, B_t, C_t = _operands_back(
                         s_dt, s_u, s_dy, p_B, p_C, B_l, C_l, e_row, n_row, m_row, t0 + T - 1, steps - chunk, E
                     )
-                    tl.store(s_y + e_row, 0.0, never)
                     states, before, decays, cuts = (), (), (), ()
                     for k in tl.static_range(T):
                         states += (h,)
@@ -538,11 +539,11 @@ def _rows(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _per_segment(l: int, programs_per_segment: int, most: int) -> int:
-    """Chunks per segment: a power of two up to `most`, as many as leave 8192 programs."""
+def _per_segment(l: int, runs: int, most: int) -> int:
+    """Chunks per segment: a power of two up to `most` that leaves some 8192 runs of 32 channels."""
     chunks = triton.cdiv(l, STEPS)
     size = 1
-    while size < most and chunks * programs_per_segment >= 8192 * 2 * size:
+    while size < most and chunks * runs >= 2 * 8192 * size:
         size *= 2
     return size
 
@@ -552,11 +553,11 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
     return [t if t.numel() < WIDE else t.float() for t in tensors]
 
 
-def _width(per_group: int, N: int, warps: int) -> tuple[int, int]:
+def _width(per_group: int, N: int) -> tuple[int, int]:
     """Channels and warps of a program of a walk: 64 channels a warp, or 64 in all where a thread cannot hold all n."""
     if N > 16:
         return 64, N // 16
-    warps = min(warps, triton.next_power_of_2(triton.cdiv(per_group, 64)))
+    warps = min(WARPS, triton.next_power_of_2(triton.cdiv(per_group, 64)))
     return 64 * warps, warps
 
 
@@ -593,7 +594,9 @@ def forward(
     resets = None if resets is None else resets.contiguous().view(torch.uint8)
     N = max(triton.next_power_of_2(n), 4)
     per_group = e // groups
-    per_segment = _per_segment(l, b * groups * triton.cdiv(per_group, 32), SEG_F)
+    E, warps = _width(per_group, N)
+    blocks = triton.cdiv(per_group, E)
+    per_segment = _per_segment(l, b * groups * triton.cdiv(per_group, 32), LONGEST)
     chunks = triton.cdiv(l, STEPS)
     segments = triton.cdiv(chunks, per_segment)
     y = torch.empty(b, l, e, dtype=x.dtype, device=x.device)
@@ -605,15 +608,12 @@ def forward(
         for output in (False, True):
             if segments == 1 and not output:
                 continue
-            warps, stages, registers = SECOND if output else FIRST
-            E, warps = _width(per_group, N, warps)
-            blocks = triton.cdiv(per_group, E)
             _walk[(b * (segments if output else segments - 1) * groups * blocks,)](
                 x, dt, A, B, C, D, z, dt_bias, initial_state, resets, starts, total, y, final,
                 l, e, n, 1, per_group, blocks, groups * blocks, segments, per_segment, chunks, low, high,
                 *_strides(x), *_strides(dt), *_strides(z), *B.stride()[:3], *C.stride()[:3],
-                N=N, E=E, STEPS=STEPS, STAGES=stages, OUTPUT=output, SOFTPLUS=softplus, LIMITED=limited,
-                EVEN_N=n == N, EVEN_E=per_group % E == 0, num_warps=warps, maxnreg=registers,
+                N=N, E=E, STEPS=STEPS, STAGES=STAGES, OUTPUT=output, SOFTPLUS=softplus, LIMITED=limited,
+                EVEN_N=n == N, EVEN_E=per_group % E == 0, num_warps=warps, maxnreg=REGISTERS,
             )  # fmt: skip
             if not output:
                 broken = _broken(resets, segments, per_segment * STEPS)
@@ -634,10 +634,9 @@ def backward(
     resets = None if resets is None else resets.contiguous().view(torch.uint8)
     N = max(triton.next_power_of_2(n), 4)
     per_group = e // groups
-    warps, stages, registers = BACK
-    E, warps = _width(per_group, N, warps)
+    E, warps = _width(per_group, N)
     blocks = triton.cdiv(per_group, E)
-    per_segment = _per_segment(l, b * groups * triton.cdiv(per_group, 32), SEG_B)
+    per_segment = _per_segment(l, b * groups * triton.cdiv(per_group, 32), LONGEST_BACK)
     chunks = triton.cdiv(l, STEPS)
     segments = triton.cdiv(chunks, per_segment)
 
@@ -653,8 +652,8 @@ def backward(
                 dy, dt, A, C, z, dt_bias, resets, carries, total,
                 l, e, n, 1, per_group, blocks, groups * blocks, segments, per_segment, low, high,
                 *_strides(dy), *_strides(dt), *_strides(z), *C.stride()[:3],
-                N=N, E=E, STEPS=STEPS, STAGES=stages, EVEN_N=n == N, EVEN_E=per_group % E == 0, **options,
-                num_warps=warps, maxnreg=registers,
+                N=N, E=E, STEPS=STEPS, STAGES=STAGES, EVEN_N=n == N, EVEN_E=per_group % E == 0, **options,
+                num_warps=warps, maxnreg=REGISTERS,
             )  # fmt: skip
         _run_chain(carries, total, A, dfinal, _broken(resets, segments, per_segment * STEPS), segments, 1, True)
 
@@ -662,10 +661,10 @@ def backward(
         NH = N // NL
         EH = max(1, TILE // NH)
         piece = min(PIECE, STEPS)
-        W = min(max(1, WARPS * 16 // max(16, NH)), triton.next_power_of_2(triton.cdiv(per_group, EH * EL)))
+        W = min(max(1, GRADIENT_WARPS * 16 // max(16, NH)), triton.next_power_of_2(triton.cdiv(per_group, EH * EL)))
         warps = W * max(1, NH // 16)
         blocks = triton.cdiv(per_group, W * EH * EL)
-        programs = _processors(x.device) * max(1, PROGRAMS // warps)
+        programs = _processors(x.device) * max(1, RESIDENT // warps)
         parts = 1  # of a group's channels, each with its own dB and dC, until there is enough to do
         while parts < blocks and b * segments * groups * parts < programs:
             parts *= 2
@@ -684,8 +683,8 @@ def backward(
             dinitial, b, l, e, n, 1, per_group, blocks, groups, segments, per_segment, chunks, tasks, groups * parts,
             blocks_per_part, low, high,
             *_strides(dy), *_strides(x), *_strides(dt), *_strides(z), *B.stride()[:3], *C.stride()[:3],
-            NH=NH, NL=NL, EH=EH, EL=EL, W=W, T=TURN, R=min(ROWS, piece), PIECE=piece, STEPS=STEPS, STAGES=STAGES,
-            **options, num_warps=warps, maxnreg=MAXREG,
+            NH=NH, NL=NL, EH=EH, EL=EL, W=W, T=TURN, R=min(ROWS, piece), PIECE=piece, STEPS=STEPS, **options,
+            num_warps=warps,
         )  # fmt: skip
         dB, dC = ((t.sum(0) if parts > 1 else t[0]).to(dtype) for t, dtype in zip((dB, dC), dtypes, strict=True))
         dA = carries.view(b * segments, n * e).sum(0).view(n, e).t().to(A.dtype)
