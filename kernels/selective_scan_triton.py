@@ -21,21 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 STEPS = 64  # as in selective_scan.py
-# Measured on an H200 at l = 1,048,576, e = 256, n = 16 in bfloat16, each beside two to five alternatives:
-WARPS, STAGES, REGISTERS = (
-    4,
-    4,
-    112,
-)  # of a walk's program, steps under way, registers a thread: 4 programs per processor
+# Measured on an H200 at l = 1,048,576, e = 256, n = 16 in bfloat16, each beside two to five alternatives.
+WARPS, STAGES, REGISTERS = 4, 4, 112  # a walk's warps, steps under way, registers per thread: 16 warps a processor
 LONGEST, LONGEST_BACK = 16, 4  # chunks of STEPS steps per segment, at most
-WIDE = 1 << 19  # from so many elements on B and C are made float32 once instead of by every program
-GRADIENT_WARPS, TURN, PIECE, ROWS = (
-    8,
-    4,
-    32,
-    16,
-)  # of _gradients; ROWS: steps that its parts beside the walks take at once
-TILE, RESIDENT = 16, 8  # states per thread, and warps per processor, that its 255 registers allow
+WIDE = 1 << 19  # from so many elements on, B and C are made float32 once instead of by every program
+GRADIENT_WARPS, TURN, PIECE = 8, 4, 32  # of _gradients
+ROWS = 16  # steps that _gradients takes at once beside its walks
+TILE, RESIDENT = 16, 8  # states per thread, and warps per processor, that 255 registers allow
 LOG2E = tl.constexpr(1 / math.log(2))
 
 
