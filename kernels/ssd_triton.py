@@ -477,7 +477,7 @@ class _Plan:
         self.sums_dtype = torch.float64 if self.exact else torch.float32
         # blocks of 16 read beyond shared memory as the second factor of a product (Triton 3.6, Hopper)
         block_n = max(32, triton.next_power_of_2(n))
-        block_p = min(32 if self.exact and block_n > 64 else 64, max(32, triton.next_power_of_2(p)))
+        block_p = min(64, max(32, triton.next_power_of_2(p))) if block_n <= 64 else 32 if self.exact else 64
         # the fastest of 6 to 12 each on an H200 (l = 262,144, h = 8, p = 64, bfloat16); large tiles fit only once
         if self.exact or block_n > 128:
             self.config = {"num_warps": 8, "num_stages": 1}
@@ -493,10 +493,9 @@ class _Plan:
         per_tile = self.b * self.rows * block_n * block_p
         self.part = max(1, min(self.stretches, 2**29 // (per_tile * self.per_stretch)))
         self.run = run
-        precision = ("bf16x6" if x.is_cuda else "ieee") if self.exact else "tf32"  # the interpreter knows no bf16x6
         self.shape = {
             "HEADS": self.h, "P": p, "N": n, "PER_GROUP": self.h // self.groups, "Q": _Q, "BLOCK_P": block_p,
-            "BLOCK_N": block_n, "PACKED": run is not None, "PRECISION": precision,
+            "BLOCK_N": block_n, "PACKED": run is not None, "PRECISION": "tf32x3" if self.exact else "tf32",
         }  # fmt: skip
 
     def ends(self, v, m, dt, A, bias, softplus, low, high, reverse):
