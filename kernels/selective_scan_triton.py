@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqmodels.kernels.math_triton import LOG2E, sigmoid, softplus
+
 STEPS = 64  # as in selective_scan.py
 # Measured on an H200 at l = 1,048,576, e = 256, n = 16 in bfloat16, each beside two to five alternatives.
 WARPS, STAGES, REGISTERS = 4, 4, 112  # a walk's warps, steps under way, registers per thread: 16 warps a processor
@@ -28,33 +30,11 @@ WIDE = 1 << 19  # from so many elements on, B and C are made float32 once instea
 GRADIENT_WARPS, TURN, PIECE = 8, 4, 32  # of _gradients
 ROWS = 16  # steps that _gradients takes at once beside its walks
 TILE, RESIDENT = 16, 8  # states per thread, and warps per processor, that 255 registers allow
-LOG2E = tl.constexpr(1 / math.log(2))
-
-
-@triton.jit
-def _softplus(v):
-    """log(1 + exp(v)) to float32's relative precision: log1p(w) = w p(w), with p fitted on [0, 1] to 5e-9."""
-    w = tl.exp2(-tl.abs(v) * LOG2E)
-    p = w * -0.003244021118 + 0.01985144407
-    p = p * w - 0.05695949988
-    p = p * w + 0.106036514
-    p = p * w - 0.1530559051
-    p = p * w + 0.1967593854
-    p = p * w - 0.2495413352
-    p = p * w + 0.333299624
-    p = p * w - 0.4999990242
-    p = p * w + 0.9999999953
-    return tl.maximum(v, 0.0) + w * p
-
-
-@triton.jit
-def _sigmoid(v):
-    return 1.0 / (1.0 + tl.exp2(-v * LOG2E))
 
 
 @triton.jit
 def _step_size(raw, low, high, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr):
-    dt = _softplus(raw) if SOFTPLUS else raw
+    dt = softplus(raw) if SOFTPLUS else raw
     if LIMITED:
         dt = tl.minimum(tl.maximum(dt, low), high)
     return dt
@@ -136,7 +116,7 @@ def _walk(
                     y += D * x
                 if z_ptr is not None:
                     z = _load(z_ptr + t * z_l + o_e, here).to(tl.float32)
-                    y = y * z * _sigmoid(z)
+                    y = y * z * sigmoid(z)
                 tl.store(y_ptr + t * e + o_e, y.to(y_ptr.dtype.element_ty), here)
             else:
                 total += dt
@@ -239,7 +219,7 @@ def _walk_back(
         dy = _load(dy_ptr + t * dy_l + o_e, here).to(tl.float32)
         if z_ptr is not None:
             z = _load(z_ptr + t * z_l + o_e, here).to(tl.float32)
-            dy = dy * z * _sigmoid(z)
+            dy = dy * z * sigmoid(z)
         dt = _load(dt_ptr + t * dt_l + o_e, here).to(tl.float32)
         dt = _step_size(dt + bias, low, high, SOFTPLUS, LIMITED)
         C = _load(C_ptr + t * C_l + o_n, row).to(tl.float32)
@@ -372,7 +352,7 @@ def _gradients(
                             if z_ptr is not None:
                                 p_z = z_ptr + i_b * z_b + row * z_l + first_e
                                 z = tl.load(p_z + (c_e + c_r * z_l), m_s, 0.0).to(tl.float32)
-                                dy = dy * z * _sigmoid(z)
+                                dy = dy * z * sigmoid(z)
                             tl.store(s_dy + r * E + (c_e + c_r * E), dy)
                         if bias_ptr is not None:
                             raw += tl.load(bias_ptr + first_e + c_e, c_in, 0.0).to(tl.float32)
@@ -473,7 +453,7 @@ def _gradients(
                     if z_ptr is not None:
                         z = tl.load(z_ptr + i_b * z_b + row * z_l + first_e + (c_e + c_r * z_l), m_s, 0.0)
                         z = z.to(tl.float32)
-                        gate = _sigmoid(z)
+                        gate = sigmoid(z)
                         dz = dy * y * gate * (1.0 + z * (1.0 - gate))
                         tl.store(dz_ptr + out + (c_e + c_r * e), dz.to(dz_ptr.dtype.element_ty), m_s)
                         dy = dy * z * gate
@@ -485,7 +465,7 @@ def _gradients(
                         free = _step_size(raw, low, high, SOFTPLUS, False)
                         ddt = tl.where((free >= low) & (free <= high), ddt, 0.0)
                     if SOFTPLUS:
-                        ddt *= _sigmoid(raw)
+                        ddt *= sigmoid(raw)
                     tl.store(ddt_ptr + out + (c_e + c_r * e), ddt.to(ddt_ptr.dtype.element_ty), m_s)
                     if bias_ptr is not None:
                         dbias_chunk += tl.where(m_s, ddt, 0.0)

@@ -378,6 +378,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the final state, and the states that enter the stretches: (b, stretches, h', n, p), padded to blocks."""
     x, dt, B, C = _prepared(x.dtype, x, dt, B, C)
+    A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))
     plan = _Plan(x, B, run)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
@@ -394,6 +395,7 @@ def backward(
     """Gradients of x, dt, A, B, C, D, dt_bias and the initial state."""
     dtypes = B.dtype, C.dtype
     dy, x, dt, B, C = _prepared(x.dtype, dy, x, dt, B, C)
+    A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))
     plan = _Plan(x, B, run)
     b, l, h, tiles, rows = plan.b, plan.l, plan.h, plan.tiles, plan.rows
     dx, ddt = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt))
@@ -413,21 +415,9 @@ def backward(
         for first in range(0, plan.stretches, plan.part):
             last = min(first + plan.part, plan.stretches)
             plan.outputs(
-                x,
-                B,
-                C,
-                D,
-                starts,
-                steps,
-                None,
-                first,
-                last,
-                reverse=False,
-                other=dy,
-                stored=states,
-                inter=taken,
+                x, B, C, D, starts, steps, None, first, last, reverse=False, other=dy, stored=states, inter=taken,
                 dD=dD,
-            )
+            )  # fmt: skip
             plan.outputs(
                 dy, C, B, D, ends, steps, dx, first, last, reverse=True, other=x, stored=adjoints, products=given,
                 inter=inter,
@@ -441,8 +431,8 @@ def backward(
         )  # fmt: skip
     dA, ddt_bias = (part.sum(0) for part in parts)
     dD = dD.sum((0, 1)).view(h, -1)
-    dD = x.new_zeros(0) if skip == 0 else dD.sum(1) if skip == 1 else dD[:, : x.shape[3]].contiguous()
-    return dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial
+    dD = new(0) if skip == 0 else dD.sum(1) if skip == 1 else dD[:, : x.shape[3]].contiguous()
+    return dx, ddt, dA.to(A.dtype), dB, dC, dD, ddt_bias, dinitial
 
 
 def shape_of_starts(x: Tensor, B: Tensor) -> tuple[int, ...]:
@@ -534,8 +524,7 @@ class _Plan:
             dD, self.l, self.tiles, self.per_stretch, first, 0 if stored is None else stored.shape[1],
             self.padded, *_outer(v), *_outer(m), *_outer(w), *((0, 0) if other is None else _outer(other)),
             v.stride(1), m.stride(1), w.stride(1), 0 if other is None else other.stride(1), **self.shape,
-            REVERSE=reverse, GRADIENTS=other is not None, SKIP=skip,
-            **self.config,
+            REVERSE=reverse, GRADIENTS=other is not None, SKIP=skip, **self.config,
         )  # fmt: skip
 
     def map_gradients(self, dy, x, B, C, states, adjoints, steps, dB, dC, passing, within, first, last):
@@ -544,7 +533,6 @@ class _Plan:
         tiles = min(last * self.per_stretch, self.tiles) - tile_0
         _map_gradients[(tiles * self.groups, self.b)](
             dy, x, B, C, self.run, states, adjoints, steps[0], steps[1], dB, dC, passing, within, self.l, self.tiles,
-            tile_0,
-            states.shape[1], self.padded, *_outer(dy), *_outer(x), *_outer(B), *_outer(C), dy.stride(1), x.stride(1),
-            B.stride(1), C.stride(1), **self.shape, **self.config,
+            tile_0, states.shape[1], self.padded, *_outer(dy), *_outer(x), *_outer(B), *_outer(C), dy.stride(1),
+            x.stride(1), B.stride(1), C.stride(1), **self.shape, **self.config,
         )  # fmt: skip

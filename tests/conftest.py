@@ -1,8 +1,17 @@
-"""Without a GPU, the Triton kernels run in Triton's interpreter: this must be said before triton is first imported."""
+"""What all tests share. Without a GPU, the Triton kernels run in Triton's interpreter."""
 
 import os
 
+import pytest
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available():  # before triton is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def nan_in_fresh_memory():
+    """An element that an op forgets to write is NaN."""
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -153,13 +153,6 @@ def test_a_wrong_argument_is_named_with_both_sides(change, message):
 EVERYTHING = ("bias", "initial_state", "run", "dfinal")
 
 
-@pytest.fixture
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def in_both_forms(x, weight, bias, state, run, silu, dy, dfinal):
     """Outputs and gradients of the Triton form at float32 and of the plain form at float64."""
     triton = importlib.import_module("seqmodels.kernels.causal_conv1d_triton")

@@ -130,13 +130,6 @@ def test_a_wrong_shape_is_named_with_both_sides():
         rms_norm(x, torch.ones(6), residual=torch.zeros(2, 6))
 
 
-@pytest.fixture
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves")
 @pytest.mark.usefixtures("nan_in_fresh_memory")
 @pytest.mark.parametrize("names", OPTIONAL, ids="+".join)

@@ -202,15 +202,8 @@ def test_memory_grows_linearly_not_with_the_matrices():
         assert chunks == 1 or b * h * q * q * chunks <= 2**19
 
 
-@pytest.fixture
-def fresh_memory_is_nan():
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
-@pytest.mark.usefixtures("fresh_memory_is_nan")
+@pytest.mark.usefixtures("nan_in_fresh_memory")
 @pytest.mark.parametrize(
     ("shape", "packed", "per_channel", "limit"),
     [
