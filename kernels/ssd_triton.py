@@ -199,7 +199,7 @@ def _outputs(
         else:
             between = (sums[:, None] - shifted[None, :]).to(tl.float32)
             outer, inner = tl.exp2(sums.to(tl.float32)), tl.exp2((total - shifted).to(tl.float32))
-            visible = (o_q[:, None] - o_q[None, :]) >= 0
+            visible = (o_q[:, None] - o_q[None, :]) > 0
         factor = tl.exp2(total.to(tl.float32))
         if PACKED:
             before, after, run = _runs(run_ptr, first, length, real, o_q, Q)
@@ -220,8 +220,13 @@ def _outputs(
             out = tl.dot(matrix.to(v.dtype), v, out, input_precision=PRECISION)
             if GRADIENTS:
                 tl.store(product_ptr + o_product, tl.sum(out * other.to(tl.float32), 1))
-            if SKIP != 0:
-                out += v.to(tl.float32) * D
+            own = D if SKIP != 0 else 0.0
+            if not REVERSE:
+                # a step's own input apart, in float32: its factor is the largest, so that rounding it costs the most
+                factor_own = tl.sum(tl.where(o_q[:, None] == o_q[None, :], scores, 0.0), 1)
+                own += (factor_own * tl.exp2((sums - shifted).to(tl.float32)))[:, None]
+            if SKIP != 0 or not REVERSE:
+                out += v.to(tl.float32) * own
             tl.store(out_ptr + first * (HEADS * P) + o_out, out.to(out_ptr.dtype.element_ty), mask=wide)
         state = _next(state * factor, m, v, inner, PRECISION)
     if GRADIENTS and not REVERSE and SKIP == 1:
