@@ -225,7 +225,8 @@ def test_the_triton_kernels_compute_the_definition_and_its_gradients(monkeypatch
     y, state, starts = ssd_triton.forward(**narrow, run=run, softplus=True, low=limit[0], high=limit[1])
     assert starts.shape == ssd_triton.shape_of_starts(narrow["x"], narrow["B"])
     want = ssd_linear(**exact, seq_idx=run, dt_softplus=True, dt_limit=limit)
-    weights = [torch.randn(t.shape, dtype=torch.float64) for t in want]
+    rng = torch.Generator().manual_seed(1)
+    weights = [torch.randn(t.shape, dtype=torch.float64, generator=rng) for t in want]
     want_gradients = torch.autograd.grad(want, list(exact.values()), weights)
     arguments = {key: narrow[key] for key in ("x", "dt", "A", "B", "C", "D", "dt_bias")}
     dx, ddt, dA, dB, dC, dD, ddt_bias, dstate = ssd_triton.backward(
