@@ -15,6 +15,8 @@ Mamba's dt, c channels of the convolution. `layer_norm` (d,) is the norm before 
 says that this op follows other work of the same pass, so that no weight is being written: launches may overlap.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +35,11 @@ def _mamba2_in_torch(
     groups: int, norm_before_gate: bool, layer_epsilon: float, epsilon: float, dt_low: float, dt_high: float,
     residual_in_fp32: bool, follows: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x, residual (b, d), states (b, k-1, c) and (b, h, p, n) -> y and total (b, d); the states become the new ones.
+
+    in_proj (2 e + 2 g n + h, d), out_proj (d, e), conv_weight (c, k), dt_bias and A_log (h,), D (h,) or (e,),
+    norm_weight (e,), or None for a gate without a norm.
+    """
     b, h, p, n = state.shape
     wide, e, shared = state.dtype, h * p, groups * n
     u, total = _add_and_norm(x, residual, layer_norm, layer_epsilon, residual_in_fp32)
@@ -55,45 +62,17 @@ def _mamba2_in_torch(
     return F.linear(y, out_proj, out_bias), total
 
 
-@torch.library.custom_op("longseq::mamba2_layer_step", mutates_args=("conv_state", "state"))
-def mamba2_layer_step(
-    x: Tensor, residual: Tensor | None, layer_norm: Tensor, in_proj: Tensor, in_bias: Tensor | None,
-    conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor, A_log: Tensor, D: Tensor,
-    norm_weight: Tensor | None, out_proj: Tensor, out_bias: Tensor | None, conv_state: Tensor, state: Tensor,
-    groups: int, norm_before_gate: bool, layer_epsilon: float, epsilon: float, dt_low: float, dt_high: float,
-    residual_in_fp32: bool, follows: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x, residual (b, d), states (b, k-1, c) and (b, h, p, n) -> y and total (b, d); the states become the new ones.
-
-    in_proj (2 e + 2 g n + h, d), out_proj (d, e), conv_weight (c, k), dt_bias and A_log (h,), D (h,) or (e,),
-    norm_weight (e,), or None for a gate without a norm.
-    """
-    return _mamba2_in_torch(
-        x, residual, layer_norm, in_proj, in_bias, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, out_proj,
-        out_bias, conv_state, state, groups, norm_before_gate, layer_epsilon, epsilon, dt_low, dt_high,
-        residual_in_fp32, follows,
-    )  # fmt: skip
-
-
-@mamba2_layer_step.register_kernel("cuda")
-def _(x, *others):
-    form = triton_form("mamba2_step", x)
-    if form is None:
-        return _mamba2_in_torch(x, *others)
-    return form.forward(x, *others[:-2], _total_dtype(x, others[-2]), others[-1])
-
-
-@mamba2_layer_step.register_fake
-def _(x, *others):
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=_total_dtype(x, others[-2]))
-
-
 def _mamba_in_torch(
     x: Tensor, residual: Tensor | None, layer_norm: Tensor, in_proj: Tensor, in_bias: Tensor | None,
     conv_weight: Tensor, conv_bias: Tensor | None, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor,
     D: Tensor, out_proj: Tensor, out_bias: Tensor | None, conv_state: Tensor, state: Tensor, layer_epsilon: float,
     residual_in_fp32: bool, follows: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x, residual (b, d), states (b, k-1, e) and (b, e, n) -> y and total (b, d); the states become the new ones.
+
+    in_proj (2 e, d), conv_weight (e, k), x_proj (r + 2 n, e), dt_proj (e, r), dt_bias and D (e,), A_log (e, n),
+    out_proj (d, e).
+    """
     n, wide = state.shape[2], state.dtype
     u, total = _add_and_norm(x, residual, layer_norm, layer_epsilon, residual_in_fp32)
     v, z = F.linear(u, in_proj, in_bias).chunk(2, -1)
@@ -108,37 +87,6 @@ def _mamba_in_torch(
     return F.linear(y, out_proj, out_bias), total
 
 
-@torch.library.custom_op("longseq::mamba_layer_step", mutates_args=("conv_state", "state"))
-def mamba_layer_step(
-    x: Tensor, residual: Tensor | None, layer_norm: Tensor, in_proj: Tensor, in_bias: Tensor | None,
-    conv_weight: Tensor, conv_bias: Tensor | None, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor,
-    D: Tensor, out_proj: Tensor, out_bias: Tensor | None, conv_state: Tensor, state: Tensor, layer_epsilon: float,
-    residual_in_fp32: bool, follows: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x, residual (b, d), states (b, k-1, e) and (b, e, n) -> y and total (b, d); the states become the new ones.
-
-    in_proj (2 e, d), conv_weight (e, k), x_proj (r + 2 n, e), dt_proj (e, r), dt_bias and D (e,), A_log (e, n),
-    out_proj (d, e).
-    """
-    return _mamba_in_torch(
-        x, residual, layer_norm, in_proj, in_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D,
-        out_proj, out_bias, conv_state, state, layer_epsilon, residual_in_fp32, follows,
-    )  # fmt: skip
-
-
-@mamba_layer_step.register_kernel("cuda")
-def _(x, *others):
-    form = triton_form("mamba_step", x)
-    if form is None:
-        return _mamba_in_torch(x, *others)
-    return form.forward(x, *others[:-2], _total_dtype(x, others[-2]), others[-1])
-
-
-@mamba_layer_step.register_fake
-def _(x, *others):
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=_total_dtype(x, others[-2]))
-
-
 def _add_and_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, residual_in_fp32: bool
 ) -> tuple[Tensor, Tensor]:
@@ -150,3 +98,25 @@ def _add_and_norm(
 
 def _total_dtype(x: Tensor, residual_in_fp32: bool) -> torch.dtype:
     return torch.float32 if residual_in_fp32 and x.dtype != torch.float64 else x.dtype
+
+
+def _layer_op(mixer: str, in_torch: Callable) -> Callable:
+    """The operator that in_torch defines; the last two arguments are residual_in_fp32 and follows."""
+    op = torch.library.custom_op(f"longseq::{mixer}_layer_step", in_torch, mutates_args=("conv_state", "state"))
+
+    @op.register_kernel("cuda")
+    def _(x, *others):
+        form = triton_form(f"{mixer}_step", x)
+        if form is None:
+            return in_torch(x, *others)
+        return form.forward(x, *others[:-2], _total_dtype(x, others[-2]), others[-1])
+
+    @op.register_fake
+    def _(x, *others):
+        return x.new_empty(x.shape), x.new_empty(x.shape, dtype=_total_dtype(x, others[-2]))
+
+    return op
+
+
+mamba2_layer_step = _layer_op("mamba2", _mamba2_in_torch)
+mamba_layer_step = _layer_op("mamba", _mamba_in_torch)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqmodels.kernels.discretize import step_size
+from seqmodels.kernels.discretize import step_size, step_size_gradient
 from seqmodels.kernels.dispatch import triton_form
 from seqmodels.kernels.packing import starts_of_sequences
 
@@ -228,8 +228,15 @@ def _backward_in_torch(dy, dfinal, x, dt, A, B, C, starts, resets, with_y):
     return dx, ddt, dA, dB, dC, carried, y
 
 
-def _forward(x, dt, A, B, C, D, z, dt_bias, initial_state, resets, dt_softplus, low, high):
-    """The scan on CPUs, and wherever there is no kernel: step size, skip and gate around one of the fast forms."""
+def _forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, initial_state: Tensor | None, resets: Tensor | None, dt_softplus: bool, low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (b, l, e), the final state, and the states before every STEPS-th step (b, c, n, e). resets: (b, l) bool.
+
+    On CPUs, and wherever there is no kernel: step size, skip and gate around one of the fast forms.
+    """
     state = _zero_state(x, A) if initial_state is None else initial_state.to(_state_dtype(x))
     dt = step_size(dt, dt_bias, dt_softplus, (low, high), state.dtype)
     compiled = _compiled() if x.device.type == "cpu" else None
@@ -241,8 +248,12 @@ def _forward(x, dt, A, B, C, D, z, dt_bias, initial_state, resets, dt_softplus, 
     return y.to(x.dtype), final_state, starts
 
 
-def _backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, resets, dt_softplus, low, high):
-    """Gradients of x, dt, A, B, C, of D, z, dt_bias where given, and of the initial state."""
+def _backward(
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, starts: Tensor, resets: Tensor | None, dt_softplus: bool, low: float,
+    high: float,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, dt, A, B, C, of D, z, dt_bias where given, in their dtypes, and of the initial state."""
     dtype, inputs = starts.dtype, (x, dt, A, B, C, D, z, dt_bias)
     dfinal = starts.new_zeros(x.shape[0], *A.shape) if dfinal is None else dfinal
     dy = dy.to(dtype)
@@ -265,25 +276,14 @@ def _backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, resets, dt_soft
     if dt_softplus and (low, high) == (0.0, math.inf):
         ddt *= step.neg_().expm1_().neg_()  # 1 - exp(-softplus(v)) is the sigmoid of v
     else:
-        raw = dt.to(dtype) if dt_bias is None else dt + dt_bias.to(dtype)
-        free = F.softplus(raw) if dt_softplus else raw
-        ddt *= (free >= low) & (free <= high)
-        if dt_softplus:
-            ddt *= raw.sigmoid()
+        ddt = step_size_gradient(ddt, dt, dt_bias, dt_softplus, (low, high))
     if dt_bias is not None:
         dbias = ddt.sum((0, 1))
     gradients = zip((dx, ddt, dA, dB, dC, dD, dz, dbias), inputs, strict=True)
     return [*(d.to(t.dtype) for d, t in gradients if t is not None), dinitial]
 
 
-@torch.library.custom_op("longseq::selective_scan", mutates_args=())
-def _scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    dt_bias: Tensor | None, initial_state: Tensor | None, resets: Tensor | None, dt_softplus: bool, low: float,
-    high: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y (b, l, e), the final state, and the states before every STEPS-th step (b, c, n, e). resets: (b, l) bool."""
-    return _forward(x, dt, A, B, C, D, z, dt_bias, initial_state, resets, dt_softplus, low, high)
+_scan = torch.library.custom_op("longseq::selective_scan", _forward, mutates_args=())
 
 
 @_scan.register_kernel("cuda")
@@ -299,14 +299,7 @@ def _(x, dt, A, B, C, D, z, dt_bias, initial_state, resets, dt_softplus, low, hi
     return x.new_empty(b, l, e), final_state, x.new_empty(b, -(-l // STEPS), n, e, dtype=dtype)
 
 
-@torch.library.custom_op("longseq::selective_scan_backward", mutates_args=())
-def _scan_backward(
-    dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    z: Tensor | None, dt_bias: Tensor | None, starts: Tensor, resets: Tensor | None, dt_softplus: bool, low: float,
-    high: float,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, dt, A, B, C, of D, z, dt_bias where given, in their dtypes, and of the initial state."""
-    return _backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, resets, dt_softplus, low, high)
+_scan_backward = torch.library.custom_op("longseq::selective_scan_backward", _backward, mutates_args=())
 
 
 @_scan_backward.register_kernel("cuda")

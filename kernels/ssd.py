@@ -360,13 +360,9 @@ _ssd = torch.library.custom_op("longseq::ssd", _forward_in_torch, mutates_args=(
 
 
 @_ssd.register_kernel("cuda")
-def _on_gpu(x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, dt_min, dt_max, chunk_size):
+def _on_gpu(x, *others):
     form = triton_form("ssd", x)
-    if form is None:
-        return _forward_in_torch(
-            x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, dt_min, dt_max, chunk_size
-        )
-    return form.forward(x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, dt_min, dt_max)
+    return _forward_in_torch(x, *others) if form is None else form.forward(x, *others[:-1])  # it has chunks of its own
 
 
 @_ssd.register_fake
@@ -419,13 +415,11 @@ _ssd_backward = torch.library.custom_op("longseq::ssd_backward", _backward_in_to
 
 
 @_ssd_backward.register_kernel("cuda")
-def _backward_on_gpu(dy, dfinal, x, dt, A, B, C, D, dt_bias, starts, run, dt_softplus, dt_min, dt_max, chunk_size):
+def _backward_on_gpu(dy, dfinal, x, *others):
     form = triton_form("ssd", x)
     if form is None:
-        return _backward_in_torch(
-            dy, dfinal, x, dt, A, B, C, D, dt_bias, starts, run, dt_softplus, dt_min, dt_max, chunk_size
-        )
-    return form.backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, starts, run, dt_softplus, dt_min, dt_max)
+        return _backward_in_torch(dy, dfinal, x, *others)
+    return form.backward(dy, dfinal, x, *others[:-1])
 
 
 @_ssd_backward.register_fake
