@@ -6,11 +6,14 @@ once, and the backward pass also keeps the k-1 unfinished rows of dx. A stretch 
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from seqmodels.kernels.launch import Launch, planned
 
 
 @triton.jit
@@ -285,15 +288,9 @@ def _steps(b: int, l: int, columns: int, stretches: int, unroll: int) -> int:
     return triton.cdiv(steps, unroll) * unroll
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, run: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor]:
-    """y (b, l, d) and the final state (b, k-1, d), as in causal_conv1d.py; x may have any strides over b and l."""
+@planned
+def _forward_plan(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Any, run: Any, silu: bool) -> Launch:
     (b, l, d), k = x.shape, weight.shape[1]
-    x, weight = _rows_apart(x), weight.contiguous()
-    bias, initial_state, run = _contiguous(bias), _contiguous(initial_state), _contiguous(run)
-    y = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
-    final = torch.empty((b, k - 1, d), dtype=x.dtype, device=x.device)
     # The best of 15 configurations on an H200 at l = 2^20, bf16: wide blocks of channels, 16 bytes of a row a thread.
     stretches, block = (4, 256) if d >= 1024 else (8, 128)
     unroll = 8 if x.element_size() == 2 else 4
@@ -301,12 +298,49 @@ def forward(
     columns = triton.cdiv(d, block)
     steps = _steps(b, l, columns, stretches, unroll)
     programs = triton.cdiv(b * triton.cdiv(l, steps), stretches) * columns
-    with torch.cuda.device_of(x):
-        _forward[(programs,)](
-            x, weight, bias, initial_state, run, y, final, b, l, x_b, x_l, steps,
-            d, k, silu, unit, stretches, block, unroll, num_warps=4,
-        )  # fmt: skip
+    return Launch(
+        _forward, (programs,), b, l, x_b, x_l, steps, D=d, K=k, SILU=silu, UNIT=unit, STRETCHES=stretches,
+        BLOCK=block, UNROLL=unroll, num_warps=4,
+    )  # fmt: skip
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, run: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """y (b, l, d) and the final state (b, k-1, d), as in causal_conv1d.py; x may have any strides over b and l."""
+    x, weight = _rows_apart(x), weight.contiguous()
+    bias, initial_state, run = _contiguous(bias), _contiguous(initial_state), _contiguous(run)
+    launch = _forward_plan(x, weight, bias, initial_state, run, silu)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    final = x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
+    launch(x, weight, bias, initial_state, run, y, final)
     return y, final
+
+
+class _BackwardPlan:
+    def __init__(
+        self, dy: Tensor, dfinal: Any, x: Tensor, weight: Tensor, bias: Any, initial: Any, run: Any, silu: bool,
+        dx: Tensor,
+    ) -> None:  # fmt: skip
+        (b, l, d), k = x.shape, weight.shape[1]
+        # The best of 20 configurations on an H200 at l = 2^20, bf16: 4 channels a thread, since all of its sums live in
+        # registers, and 128 registers, which lets 16 warps run on a processor: 1.11 ms at d = 640 instead of 1.22.
+        stretches, block, unroll = 4, 64, max(4, triton.next_power_of_2(k - 1))
+        registers = {"maxnreg": 128} if k <= 4 and x.element_size() == 2 else {}
+        (unit, *x_bl), (unit_dy, *dy_bl), (unit_dx, *dx_bl) = _distances(x), _distances(dy), _distances(dx)
+        columns = triton.cdiv(d, block)
+        steps = _steps(b, l, columns, stretches, unroll)
+        parts = triton.cdiv(b * triton.cdiv(l, steps), stretches)
+        self.parts = parts, k + 1, d
+        self.walk = Launch(
+            _backward, (parts * columns,), b, l, *x_bl, *dy_bl, *dx_bl, steps, D=d, K=k, SILU=silu, UNIT=unit,
+            UNIT_DY=unit_dy, UNIT_DX=unit_dx, STRETCHES=stretches, BLOCK=block, UNROLL=unroll, num_warps=2,
+            **registers,
+        )  # fmt: skip
+        self.add = Launch(_add_parts, (triton.cdiv((k + 1) * d, 8),), parts, D=d, K=k, ROWS=256, BLOCK=8, num_warps=8)
+
+
+_backward_plan = planned(_BackwardPlan)
 
 
 def backward(
@@ -314,26 +348,13 @@ def backward(
     run: Tensor | None, silu: bool, dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x (into dx if given: any strides over b and l), weight, bias and the initial state (if any)."""
-    (b, l, d), k = x.shape, weight.shape[1]
     dy, x, weight = _rows_apart(dy), _rows_apart(x), weight.contiguous()
     bias, initial_state, run, dfinal = (_contiguous(t) for t in (bias, initial_state, run, dfinal))
-    dx = torch.empty((b, l, d), dtype=x.dtype, device=x.device) if dx is None else dx
-    # The best of 20 configurations on an H200 at l = 2^20, bf16: 4 channels a thread, since all of its sums live in
-    # registers, and 128 registers, which lets 16 warps run on a processor: 1.11 ms at d = 640 instead of 1.22.
-    stretches, block, unroll = 4, 64, max(4, triton.next_power_of_2(k - 1))
-    registers = {"maxnreg": 128} if k <= 4 and x.element_size() == 2 else {}
-    (unit, *x_bl), (unit_dy, *dy_bl), (unit_dx, *dx_bl) = _distances(x), _distances(dy), _distances(dx)
-    columns = triton.cdiv(d, block)
-    steps = _steps(b, l, columns, stretches, unroll)
-    parts = triton.cdiv(b * triton.cdiv(l, steps), stretches)
-    wide = torch.empty(parts, k + 1, d, dtype=torch.float32, device=x.device)
-    dweight, dbias = torch.empty_like(weight), torch.empty(d, dtype=torch.float32, device=x.device)
-    dinitial = None if initial_state is None else dbias.new_empty(initial_state.shape)
-    with torch.cuda.device_of(x):
-        _backward[(parts * columns,)](
-            x, weight, bias, initial_state, run, dy, dfinal, dx, dinitial, wide, b, l,
-            *x_bl, *dy_bl, *dx_bl, steps, d, k, silu, unit, unit_dy, unit_dx, stretches, block, unroll,
-            num_warps=2, **registers,
-        )  # fmt: skip
-        _add_parts[(triton.cdiv((k + 1) * d, 8),)](wide, dweight, dbias, parts, d, k, 256, 8, num_warps=8)
-    return dx, dweight, dbias, dbias.new_empty((0,)) if dinitial is None else dinitial
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if dx is None else dx
+    plan = _backward_plan(dy, dfinal, x, weight, bias, initial_state, run, silu, dx)
+    parts = torch.empty(plan.parts, dtype=torch.float32, device=x.device)
+    dweight, dbias = torch.empty_like(weight), parts.new_empty(x.shape[2])
+    dinitial = parts.new_empty((0,) if initial_state is None else initial_state.shape)
+    plan.walk(x, weight, bias, initial_state, run, dy, dfinal, dx, None if initial_state is None else dinitial, parts)
+    plan.add(parts, dweight, dbias)
+    return dx, dweight, dbias, dinitial

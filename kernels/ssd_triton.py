@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqmodels.kernels.launch import Launch, Pieces, planned
 from seqmodels.kernels.math_triton import LOG2E, step_size, step_size_gradient
 
 # The least step size that enters a product: what is linear in it can be divided by it again.
@@ -377,19 +378,56 @@ def _step_gradients(
     tl.store(part_ptr + parts + o_part, tl.sum(tl.sum(ddt, 1), 0))
 
 
+@triton.jit(do_not_specialize=["parts", "edges"])
+def _add_parts(
+    part_ptr, dD_part_ptr, dA_ptr, dbias_ptr, dD_ptr, parts, edges,
+    HEADS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """The gradients of A, of the bias and of D of a head, from their parts."""
+    BLOCKS_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    WIDTH: tl.constexpr = BLOCK_P if SKIP == 2 else 1
+    i_h = tl.program_id(0)
+    o, o_p = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    dA = tl.zeros([BLOCK], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    o_bias = tl.cast(parts, tl.int64) * HEADS
+    for first in range(0, parts, BLOCK):
+        o_part = (first + o).to(tl.int64) * HEADS + i_h
+        dA += tl.load(part_ptr + o_part, mask=first + o < parts, other=0.0)
+        dbias += tl.load(part_ptr + o_bias + o_part, mask=first + o < parts, other=0.0)
+    tl.store(dA_ptr + i_h, tl.sum(dA, 0).to(dA_ptr.dtype.element_ty))
+    tl.store(dbias_ptr + i_h, tl.sum(dbias, 0))
+    total = tl.zeros([WIDTH], tl.float32)
+    for i in range(BLOCKS_P if SKIP != 0 else 0):
+        dD = tl.zeros([BLOCK, WIDTH], tl.float32)
+        for first in range(0, edges, BLOCK):
+            o_part = ((first + o).to(tl.int64) * HEADS + i_h) * BLOCKS_P + i
+            real = (first + o < edges)[:, None]
+            dD += tl.load(dD_part_ptr + o_part[:, None] * WIDTH + o_p[None, :], mask=real, other=0.0)
+        total += tl.sum(dD, 0)
+        if SKIP == 2:
+            tl.store(dD_ptr + i_h * P + i * BLOCK_P + o_p, total, mask=i * BLOCK_P + o_p < P)
+            total = tl.zeros([WIDTH], tl.float32)
+    if SKIP == 1:
+        tl.store(dD_ptr + i_h + o_p, total)
+
+
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, run: Tensor | None, softplus: bool, low: float, high: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the final state, and the states that enter the stretches: (b, stretches, h', n, p), padded to blocks."""
-    x, dt, B, C = _prepared(x.dtype, x, dt, B, C)
-    A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))
-    plan = _Plan(x, B, run)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        local, keep, steps = plan.ends(x, B, dt, A, dt_bias, softplus, low, high, reverse=False)
-        starts, final = plan.chain(local, keep, initial_state, reverse=False)
-        plan.outputs(x, B, C, D, starts, steps, y, 0, plan.stretches, reverse=False)
+    x, dt, B, C = _ready(x, x.dtype), _ready(dt, dt.dtype), _ready(B, x.dtype), _ready(C, x.dtype)
+    A, D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (A, D, dt_bias, initial_state))
+    plan = _forward_plan(x, dt, A, B, C, D, dt_bias, initial_state, run, softplus, low, high)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    starts = torch.empty(plan.edges, dtype=torch.float32, device=x.device)
+    final = starts.new_empty(plan.state)
+    local, keep = plan.pieces(x)
+    shifted, sums = plan.pieces_of_sums(x)
+    plan.ends(x, B, dt, A, dt_bias, run, local, keep, shifted, sums)
+    plan.chain(local, keep, initial_state, starts, final)
+    plan.outputs(x, B, C, D, run, starts, shifted, sums, y, None, None, None, None, None)
     return y, final, starts
 
 
@@ -398,58 +436,36 @@ def backward(
     dt_bias: Tensor | None, starts: Tensor, run: Tensor | None, softplus: bool, low: float, high: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, dt_bias and the initial state."""
-    dtypes = B.dtype, C.dtype
-    dy, x, dt, B, C = _prepared(x.dtype, dy, x, dt, B, C)
-    A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))
-    plan = _Plan(x, B, run)
-    b, l, h, tiles, rows = plan.b, plan.l, plan.h, plan.tiles, plan.rows
-    dx, ddt = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt))
-    dB, dC = (torch.empty(B.shape, dtype=dtype, device=B.device) for dtype in dtypes)
-    new = lambda *size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=x.device)  # noqa: E731
-    taken, given, inter = (new(b, rows, plan.padded) for _ in range(3))
-    within = new(2, b, rows, plan.padded, dtype=plan.sums_dtype)
-    passing = new(b, tiles, rows)
-    skip = 0 if D is None else D.dim()
-    dD = new(b, plan.stretches, rows, plan.shape["BLOCK_P"] if skip == 2 else 1)
-    with torch.cuda.device_of(x):
-        local, keep, steps = plan.ends(dy, C, dt, A, dt_bias, softplus, low, high, reverse=True)
-        ends, dinitial = plan.chain(local, keep, dfinal, reverse=True)
-        # the states of all tiles at once would take more memory than the gradients: some stretches after the other
-        states = new(b, min(tiles, plan.part * plan.per_stretch), *starts.shape[2:], dtype=x.dtype)
-        adjoints = torch.empty_like(states)
-        for first in range(0, plan.stretches, plan.part):
-            last = min(first + plan.part, plan.stretches)
-            plan.outputs(
-                x, B, C, D, starts, steps, None, first, last, reverse=False, other=dy, stored=states, inter=taken,
-                dD=dD,
-            )  # fmt: skip
-            plan.outputs(
-                dy, C, B, D, ends, steps, dx, first, last, reverse=True, other=x, stored=adjoints, products=given,
-                inter=inter,
-            )  # fmt: skip
-            plan.map_gradients(dy, x, B, C, states, adjoints, steps, dB, dC, passing, within, first, last)
-        blocks = triton.cdiv(tiles, 16)
-        parts = new(2, b * blocks, h)
-        _step_gradients[(h, blocks, b)](
-            dt, A, dt_bias, taken, given, inter, within, passing, ddt, parts, l, tiles, plan.padded, low, high,
-            *dt.stride()[:2], HEADS=h, BLOCKS_P=rows // h, Q=_Q, BLOCK_T=16, SOFTPLUS=softplus, num_warps=4,
-        )  # fmt: skip
-    dA, ddt_bias = (part.sum(0) for part in parts)
-    dD = dD.sum((0, 1)).view(h, -1)
-    dD = new(0) if skip == 0 else dD.sum(1) if skip == 1 else dD[:, : x.shape[3]].contiguous()
-    return dx, ddt, dA.to(A.dtype), dB, dC, dD, ddt_bias, dinitial
+    dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
+    dA, ddt_bias = torch.empty_like(A, memory_format=torch.contiguous_format), starts.new_empty(A.shape)
+    dD = starts.new_empty((0,) if D is None else D.shape)
+    x, dt, B, C, dy = _ready(x, x.dtype), _ready(dt, dt.dtype), *(_ready(t, x.dtype) for t in (B, C, dy))
+    A, D, dt_bias, dfinal = (None if t is None else t.contiguous() for t in (A, D, dt_bias, dfinal))
+    plan = _backward_plan(dy, dfinal, x, dt, A, B, C, D, dt_bias, run, dB, dC, softplus, low, high)
+    dinitial = starts.new_empty(plan.state)
+    local, keep, ends, taken, given, inter, passing, dD_parts, parts = plan.pieces(x)
+    shifted, sums, within = plan.pieces_of_sums(x)
+    states, adjoints = plan.pieces_of_states(x)
+    plan.ends(dy, C, dt, A, dt_bias, run, local, keep, shifted, sums)
+    plan.chain(local, keep, dfinal, ends, dinitial)
+    for states_of, adjoints_of, map_gradients in plan.passes:
+        states_of(x, B, C, D, run, starts, shifted, sums, x, dy, states, None, taken, dD_parts)
+        adjoints_of(dy, C, B, D, run, ends, shifted, sums, dx, x, adjoints, given, inter, None)
+        map_gradients(dy, x, B, C, run, states, adjoints, shifted, sums, dB, dC, passing, within)
+    plan.step_gradients(dt, A, dt_bias, taken, given, inter, within, passing, ddt, parts)
+    plan.add_parts(parts, dD_parts, dA, ddt_bias, dD)
+    return dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial
 
 
 def shape_of_starts(x: Tensor, B: Tensor) -> tuple[int, ...]:
     """Shape of the third result of `forward`."""
-    plan = _Plan(x, B, None)
-    return plan.b, plan.stretches, plan.rows, plan.shape["BLOCK_N"], plan.shape["BLOCK_P"]
+    return _Plan(x, B, None).edges
 
 
-def _prepared(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    """All but the step sizes in one dtype (a product needs that), the last dimension contiguous."""
-    tensors = [t if t.dim() == 3 else t.to(dtype) for t in tensors]
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+def _ready(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in that dtype (a product needs one), the last dimension contiguous."""
+    t = t if t.dtype == dtype else t.to(dtype)
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _outer(t: Tensor) -> tuple[int, int]:
@@ -462,7 +478,7 @@ _PROGRAMS = 2048
 
 
 class _Plan:
-    """Blocks and strides that all launches of a call share."""
+    """Sizes, blocks and launches."""
 
     def __init__(self, x: Tensor, B: Tensor, run: Tensor | None) -> None:
         self.b, self.l, self.h, p = x.shape
@@ -485,59 +501,94 @@ class _Plan:
             self.per_stretch *= 2
         self.stretches = triton.cdiv(self.tiles, self.per_stretch)
         self.padded = self.tiles * _Q
-        per_tile = self.b * self.rows * block_n * block_p
-        self.part = max(1, min(self.stretches, 2**29 // (per_tile * self.per_stretch)))
-        self.run = run
+        self.state = self.b, self.h, p, n
+        self.edges = self.b, self.stretches, self.rows, block_n, block_p
         self.shape = {
             "HEADS": self.h, "P": p, "N": n, "PER_GROUP": self.h // self.groups, "Q": _Q, "BLOCK_P": block_p,
             "BLOCK_N": block_n, "PACKED": run is not None, "PRECISION": "tf32x3" if self.exact else "tf32",
         }  # fmt: skip
 
-    def ends(self, v, m, dt, A, bias, softplus, low, high, reverse):
+    def make_ends(self, v, m, dt, softplus, low, high, reverse):
         """Every stretch's own end state and decay, and the steps' (shifted and summed) log2 decays."""
-        size = self.b, self.stretches, self.rows, self.shape["BLOCK_N"], self.shape["BLOCK_P"]
-        edges = torch.empty(size, dtype=torch.float32, device=v.device)
-        keep = torch.empty(size[:3], dtype=torch.float32, device=v.device)
-        steps = torch.empty(2, self.b, self.h, self.padded, dtype=self.sums_dtype, device=v.device)
-        _ends[(self.rows, self.stretches, self.b)](
-            v, m, dt, A, bias, self.run, edges, keep, steps[0], steps[1], self.l, self.tiles, self.per_stretch,
-            self.padded, low, high, *_outer(v), *_outer(m), dt.stride(0), v.stride(1), m.stride(1), dt.stride(1),
-            **self.shape, REVERSE=reverse, SOFTPLUS=softplus, **self.config,
+        return Launch(
+            _ends, (self.rows, self.stretches, self.b), self.l, self.tiles, self.per_stretch, self.padded, low, high,
+            *_outer(v), *_outer(m), dt.stride(0), v_l=v.stride(1), m_l=m.stride(1), dt_l=dt.stride(1), **self.shape,
+            REVERSE=reverse, SOFTPLUS=softplus, **self.config,
         )  # fmt: skip
-        return edges, keep, steps
 
-    def chain(self, local, keep, outer, reverse):
+    def make_chain(self, reverse):
         """States that enter the stretches, and the one (b, h, p, n) that leaves the last."""
-        edges = torch.empty_like(local)
-        p, n, block_p, block_n = (self.shape[k] for k in ("P", "N", "BLOCK_P", "BLOCK_N"))
-        end = torch.empty(self.b, self.h, p, n, dtype=torch.float32, device=local.device)
-        outer = None if outer is None else outer.contiguous()
-        _chain[(self.rows * (block_n * block_p // 128), self.b)](
-            local, keep, outer, edges, end, self.stretches, HEADS=self.h, P=p, N=n, BLOCK_P=block_p, BLOCK_N=block_n,
-            BLOCK=128, REVERSE=reverse, num_warps=4,
+        block_n, block_p = self.edges[3:]
+        return Launch(
+            _chain, (self.rows * (block_n * block_p // 128), self.b), self.stretches, HEADS=self.h, P=self.shape["P"],
+            N=self.shape["N"], BLOCK_P=block_p, BLOCK_N=block_n, BLOCK=128, REVERSE=reverse, num_warps=4,
         )  # fmt: skip
-        return edges, end
 
-    def outputs(
-        self, v, m, w, D, edges, steps, out, first, last, *, reverse, other=None, stored=None, products=None,
-        inter=None, dD=None,
-    ):  # fmt: skip
+    def make_outputs(self, v, m, w, D, first, last, *, reverse, other=None, stored=0):
         """What leaves the stretches `first` to `last`."""
-        skip = 0 if D is None else D.dim()
-        _outputs[(self.rows, last - first, self.b)](
-            v, m, w, D, self.run, edges, steps[0], steps[1], v if out is None else out, other, stored, products, inter,
-            dD, self.l, self.tiles, self.per_stretch, first, 0 if stored is None else stored.shape[1],
+        return Launch(
+            _outputs, (self.rows, last - first, self.b), self.l, self.tiles, self.per_stretch, first, stored,
             self.padded, *_outer(v), *_outer(m), *_outer(w), *((0, 0) if other is None else _outer(other)),
-            v.stride(1), m.stride(1), w.stride(1), 0 if other is None else other.stride(1), **self.shape,
-            REVERSE=reverse, GRADIENTS=other is not None, SKIP=skip, **self.config,
+            v_l=v.stride(1), m_l=m.stride(1), w_l=w.stride(1), other_l=0 if other is None else other.stride(1),
+            **self.shape, REVERSE=reverse, GRADIENTS=other is not None, SKIP=0 if D is None else D.dim(),
+            **self.config,
         )  # fmt: skip
 
-    def map_gradients(self, dy, x, B, C, states, adjoints, steps, dB, dC, passing, within, first, last):
+    def make_map_gradients(self, dy, x, B, C, first, last, stored):
         """dB and dC of the stretches `first` to `last`."""
         tile_0 = first * self.per_stretch
         tiles = min(last * self.per_stretch, self.tiles) - tile_0
-        _map_gradients[(tiles * self.groups, self.b)](
-            dy, x, B, C, self.run, states, adjoints, steps[0], steps[1], dB, dC, passing, within, self.l, self.tiles,
-            tile_0, states.shape[1], self.padded, *_outer(dy), *_outer(x), *_outer(B), *_outer(C), dy.stride(1),
-            x.stride(1), B.stride(1), C.stride(1), **self.shape, **self.config,
+        return Launch(
+            _map_gradients, (tiles * self.groups, self.b), self.l, self.tiles, tile_0, stored, self.padded,
+            *_outer(dy), *_outer(x), *_outer(B), *_outer(C), dy_l=dy.stride(1), x_l=x.stride(1), B_l=B.stride(1),
+            C_l=C.stride(1), **self.shape, **self.config,
         )  # fmt: skip
+
+
+class _ForwardPlan(_Plan):
+    def __init__(self, x, dt, A, B, C, D, bias, initial, run, softplus, low, high):
+        super().__init__(x, B, run)
+        self.pieces = Pieces(torch.float32, self.edges, self.edges[:3])
+        self.pieces_of_sums = Pieces(self.sums_dtype, *[(self.b, self.h, self.padded)] * 2)
+        self.ends = self.make_ends(x, B, dt, softplus, float(low), float(high), reverse=False)
+        self.chain = self.make_chain(reverse=False)
+        self.outputs = self.make_outputs(x, B, C, D, 0, self.stretches, reverse=False)
+
+
+class _BackwardPlan(_Plan):
+    def __init__(self, dy, dfinal, x, dt, A, B, C, D, bias, run, dB, dC, softplus, low, high):
+        super().__init__(x, B, run)
+        b, h, rows, (block_n, block_p) = self.b, self.h, self.rows, self.edges[3:]
+        low, high, skip = float(low), float(high), 0 if D is None else D.dim()
+        blocks = triton.cdiv(self.tiles, 16)
+        per_step, per_head = (b, rows, self.padded), (b, h, self.padded)
+        self.pieces = Pieces(
+            torch.float32, self.edges, self.edges[:3], self.edges, per_step, per_step, per_step, (b, self.tiles, rows),
+            (*self.edges[:3], block_p if skip == 2 else 1), (2, b, blocks, h),
+        )  # fmt: skip
+        self.pieces_of_sums = Pieces(self.sums_dtype, per_head, per_head, (2, *per_step))
+        self.ends = self.make_ends(dy, C, dt, softplus, low, high, reverse=True)
+        self.chain = self.make_chain(reverse=True)
+        # the states of all tiles at once would take more memory than the gradients: some stretches after the other
+        part = max(1, min(self.stretches, 2**29 // (b * rows * block_n * block_p * self.per_stretch)))
+        stored = min(self.tiles, part * self.per_stretch)
+        self.pieces_of_states = Pieces(x.dtype, *[(b, stored, rows, block_n, block_p)] * 2)
+        self.passes = []
+        for first in range(0, self.stretches, part):
+            cut = first, min(first + part, self.stretches)
+            self.passes.append((
+                self.make_outputs(x, B, C, D, *cut, reverse=False, other=dy, stored=stored),
+                self.make_outputs(dy, C, B, D, *cut, reverse=True, other=x, stored=stored),
+                self.make_map_gradients(dy, x, B, C, *cut, stored),
+            ))  # fmt: skip
+        self.step_gradients = Launch(
+            _step_gradients, (h, blocks, b), self.l, self.tiles, self.padded, low, high, *dt.stride()[:2], HEADS=h,
+            BLOCKS_P=rows // h, Q=_Q, BLOCK_T=16, SOFTPLUS=softplus, num_warps=4,
+        )  # fmt: skip
+        self.add_parts = Launch(
+            _add_parts, (h,), b * blocks, b * self.stretches, HEADS=h, P=self.shape["P"], BLOCK_P=block_p, BLOCK=64,
+            SKIP=skip, num_warps=4,
+        )  # fmt: skip
+
+
+_forward_plan, _backward_plan = planned(_ForwardPlan), planned(_BackwardPlan)
