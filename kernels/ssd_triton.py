@@ -1,12 +1,12 @@
 """SSD on NVIDIA GPUs, in Triton: the chunked form of ssd.py and its adjoint, walked with the state in registers.
 
-The sequence is cut into tiles of q steps, and runs of tiles ("stretches") go to programs of their own. Forward, three
-launches: every stretch's end state from zero (`_ends`), the states chained over stretches (`_chain`), and the outputs
-(`_outputs`), which walk each stretch again from its true start. The adjoint of the map x -> y is the same map with time
-reversed and B and C exchanged, so dx comes from the same three kernels. On the way they leave, per step, the products
-that the gradient of dt needs (`_step_gradients`), and per tile the states from both sides, from which `_map_gradients`
-forms dB and dC, one program per tile and group, summing over the group's heads in registers. kernels/README.md has the
-equations and the counts.
+The sequence is cut into tiles of q steps, and runs of tiles ("stretches") go to programs of their own. Forward: every
+stretch's end state from zero (`_ends`), the states chained over stretches (`_chain`), and the outputs (`_outputs`),
+which walk each stretch again from its true start; `_own_scores` forms the products C . B of each step with itself. The
+adjoint of the map x -> y is the same map with time reversed and B and C exchanged, so dx comes from the same kernels. On
+the way they leave, per step, the products that the gradient of dt needs (`_step_gradients`), and per tile the states
+from both sides, from which `_map_gradients` forms dB and dC, one program per tile and group, summing over the group's
+heads in registers. kernels/README.md has the equations and the counts.
 
 Letters as in ssd.py. A state is kept as (n, p). A head whose p exceeds a block is split into several "rows" with a
 state of their own (h' = h * blocks of p).
@@ -54,15 +54,21 @@ def _ends(
         run_ptr += i_b * length
     A = tl.load(A_ptr + i_h).to(sum_ptr.dtype.element_ty) * LOG2E
     bias = tl.load(bias_ptr + i_h).to(tl.float32) if bias_ptr is not None else 0.0
+    steps = tl.minimum(per_stretch, tiles - i_s * per_stretch)
     state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     keep = 1.0
-    steps = tl.minimum(per_stretch, tiles - i_s * per_stretch)
+    # dt a tile ahead by hand: the compiler fetches only what products need ahead, and that by at least 4 bytes
+    p_dt = dt_ptr + o_q * dt_l
+    first = (i_s * per_stretch + (steps - 1 if REVERSE else 0)).to(tl.int64) * Q
+    raw = tl.load(p_dt + first * dt_l, mask=o_q < length - first, other=0.0)
     for i in range(steps):
         tile = i_s * per_stretch + (steps - 1 - i if REVERSE else i)
         first = tile.to(tl.int64) * Q
         real = o_q < tl.minimum(length - first, Q).to(tl.int32)
-        dt = tl.load(dt_ptr + first * dt_l + o_q * dt_l, mask=real, other=0.0).to(tl.float32)
-        dt = tl.where(real, step_size(dt, bias, SOFTPLUS, low, high), 0.0)
+        after = first - Q if REVERSE else first + Q
+        left = tl.where(i < steps - 1, tl.minimum(length - after, Q), 0).to(tl.int32)
+        next_raw = tl.load(p_dt + after * dt_l, mask=o_q < left, other=0.0)
+        dt = tl.where(real, step_size(raw.to(tl.float32), bias, SOFTPLUS, low, high), 0.0)
         sums = tl.cumsum(dt * A, 0)
         total = tl.sum(dt * A, 0)
         shifted = sums - tl.log2(tl.maximum(dt, SMALLEST).to(sums.dtype))
@@ -79,6 +85,7 @@ def _ends(
         m = tl.load(m_ptr + first * m_l + o_m, mask=real[:, None] & (o_n < N)[None, :], other=0.0)
         state = _next(state * factor, m, v, weight, PRECISION)
         keep *= factor
+        raw = next_raw
     i_edge = (i_b * tl.num_programs(1) + i_s) * (HEADS * BLOCKS_P) + i_v
     o_state = tl.arange(0, BLOCK_N)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     tl.store(edge_ptr + i_edge * SIZE + o_state, state)
@@ -89,7 +96,31 @@ def _ends(
 def _next(state, m, v, weight, PRECISION: tl.constexpr):
     """state (n, p) + m^T diag(weight) v."""
     v = (v.to(tl.float32) * weight[:, None]).to(v.dtype)
-    return tl.dot(tl.trans(m), v, state, input_precision=PRECISION)
+    return _dot(tl.trans(m), v, state, PRECISION)
+
+
+@triton.jit
+def _matrix(w, m, between, visible, PRECISION: tl.constexpr):
+    """M of a tile in the inputs' dtype: scores w m^T times the decay, where it may be seen."""
+    scores = _dot(w, tl.trans(m), None, PRECISION)
+    return (scores * tl.exp2(tl.where(visible, between, float("-inf")))).to(w.dtype)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. Float32 factors are cut into two rounded tf32 parts: three products."""
+    if PRECISION == "tf32x3":
+        a_high, b_high = _tf32(a), _tf32(b)
+        acc = tl.dot(a - a_high, b_high, acc, input_precision="tf32")
+        acc = tl.dot(a_high, b - b_high, acc, input_precision="tf32")
+        return tl.dot(a_high, b_high, acc, input_precision="tf32")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _tf32(x):
+    """x rounded to the 10 bits of a tf32's mantissa. (Triton's own tf32x3 truncates, which is twice as far off.)"""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -98,6 +129,23 @@ def _runs(run_ptr, first, length, real, o_q, Q):
     before = tl.load(run_ptr + tl.maximum(first - 1, 0))
     after = tl.load(run_ptr + tl.minimum(first + Q, length) - 1)
     return before, after, tl.load(run_ptr + first + o_q, mask=real, other=-1)
+
+
+@triton.jit(do_not_specialize=["length", "padded"])
+def _own_scores(
+    m_ptr, w_ptr, own_ptr, length, padded, m_b, m_g, w_b, w_g, m_l: tl.constexpr, w_l: tl.constexpr,
+    N: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """C . B of every step and group, in float32: m, w = B, C."""
+    i_t, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first = i_t.to(tl.int64) * Q
+    o_q, o_n = tl.arange(0, Q), tl.arange(0, BLOCK_N)
+    deep = (o_q < tl.minimum(length - first, Q).to(tl.int32))[:, None] & (o_n < N)[None, :]
+    p_m = m_ptr + i_b * m_b + i_g * m_g + first * m_l
+    p_w = w_ptr + i_b * w_b + i_g * w_g + first * w_l
+    m = tl.load(p_m + (o_q[:, None] * m_l + o_n[None, :]), mask=deep, other=0.0).to(tl.float32)
+    w = tl.load(p_w + (o_q[:, None] * w_l + o_n[None, :]), mask=deep, other=0.0).to(tl.float32)
+    tl.store(own_ptr + (i_b * tl.num_programs(1) + i_g) * padded + first + o_q, tl.sum(m * w, 1))
 
 
 @triton.jit(do_not_specialize=["stretches"])
@@ -129,7 +177,7 @@ def _chain(
 
 @triton.jit(do_not_specialize=["length", "tiles", "per_stretch", "stretch_0", "stored", "padded"])
 def _outputs(
-    v_ptr, m_ptr, w_ptr, D_ptr, run_ptr, edge_ptr, shifted_ptr, sum_ptr, out_ptr,
+    v_ptr, m_ptr, w_ptr, D_ptr, run_ptr, edge_ptr, shifted_ptr, sum_ptr, own_ptr, out_ptr,
     other_ptr, tile_ptr, product_ptr, inter_ptr, dD_ptr,
     length, tiles, per_stretch, stretch_0, stored, padded,
     v_b, v_h, m_b, m_g, w_b, w_g, other_b, other_h,
@@ -137,6 +185,7 @@ def _outputs(
     HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PER_GROUP: tl.constexpr,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     REVERSE: tl.constexpr, GRADIENTS: tl.constexpr, SKIP: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """What leaves the map over a stretch of tiles, from the state that enters the stretch.
 
@@ -148,6 +197,7 @@ def _outputs(
     BLOCKS_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     SIZE: tl.constexpr = BLOCK_N * BLOCK_P
     rows: tl.constexpr = HEADS * BLOCKS_P
+    MATRIX: tl.constexpr = REVERSE or not GRADIENTS
     i_v, i_s, i_b = tl.program_id(0), stretch_0 + tl.program_id(1), tl.program_id(2).to(tl.int64)
     stretches = (tiles + per_stretch - 1) // per_stretch
     i_h = i_v // BLOCKS_P
@@ -176,7 +226,7 @@ def _outputs(
         o_other = o_q[:, None] * other_l + o_p[None, :]
         dD = tl.zeros([Q, BLOCK_P if SKIP == 2 else 1], tl.float32)
     steps = tl.minimum(per_stretch, tiles - i_s * per_stretch)
-    for i in range(steps):
+    for i in tl.range(0, steps, num_stages=STAGES):
         tile = i_s * per_stretch + (steps - 1 - i if REVERSE else i)
         first = tile.to(tl.int64) * Q
         real = o_q < tl.minimum(length - first, Q).to(tl.int32)
@@ -188,6 +238,8 @@ def _outputs(
         v = tl.load(v_ptr + first * v_l + o_v, mask=wide, other=0.0)
         m = tl.load(m_ptr + first * m_l + o_m, mask=deep, other=0.0)
         w = tl.load(w_ptr + first * w_l + o_w, mask=deep, other=0.0)
+        if not REVERSE and not GRADIENTS:
+            own = tl.load(own_ptr + (i_b * (HEADS // PER_GROUP) + i_h // PER_GROUP) * padded + first + o_q)
         if GRADIENTS:
             other = tl.load(other_ptr + first * other_l + o_other, mask=wide, other=0.0)
             o_tile = (i_b * stored + tile - stretch_0 * per_stretch) * rows + i_v
@@ -208,26 +260,28 @@ def _outputs(
             inner = tl.where(run == (before if REVERSE else after), inner, 0.0)
             factor = tl.where(before == after, factor, 0.0)
             visible = visible & (run[:, None] == run[None, :])
-        out = tl.dot(w, state.to(w.dtype), input_precision=PRECISION) * outer[:, None]
+        # The order decides how many registers spill: 69 and 0 for n = 128 and 64 in reverse, the other way 147 and 18.
+        if MATRIX and BLOCK_N > 64:
+            matrix = _matrix(w, m, between, visible, PRECISION)
+        out = _dot(w, state.to(w.dtype), None, PRECISION) * outer[:, None]
         o_product = (i_b * rows + i_v) * padded + first + o_q
         if GRADIENTS:
             tl.store(inter_ptr + o_product, tl.sum(out * other.to(tl.float32), 1))
         if GRADIENTS and not REVERSE and SKIP != 0:
             products = v.to(tl.float32) * other.to(tl.float32)
             dD += products if SKIP == 2 else tl.sum(products, 1)[:, None]
-        if REVERSE or not GRADIENTS:
-            scores = tl.dot(w, tl.trans(m), input_precision=PRECISION)
-            matrix = scores * tl.exp2(tl.where(visible, between, float("-inf")))
-            out = tl.dot(matrix.to(v.dtype), v, out, input_precision=PRECISION)
+        if MATRIX:
+            if BLOCK_N <= 64:
+                matrix = _matrix(w, m, between, visible, PRECISION)
+            out = _dot(matrix, v, out, PRECISION)
             if GRADIENTS:
                 tl.store(product_ptr + o_product, tl.sum(out * other.to(tl.float32), 1))
-            own = D if SKIP != 0 else 0.0
+            factor_v = D if SKIP != 0 else 0.0
             if not REVERSE:
                 # a step's own input apart, in float32: its factor is the largest, so that rounding it costs the most
-                factor_own = tl.sum(tl.where(o_q[:, None] == o_q[None, :], scores, 0.0), 1)
-                own += (factor_own * tl.exp2((sums - shifted).to(tl.float32)))[:, None]
+                factor_v += (own * tl.exp2((sums - shifted).to(tl.float32)))[:, None]
             if SKIP != 0 or not REVERSE:
-                out += v.to(tl.float32) * own
+                out += v.to(tl.float32) * factor_v
             tl.store(out_ptr + first * (HEADS * P) + o_out, out.to(out_ptr.dtype.element_ty), mask=wide)
         state = _next(state * factor, m, v, inner, PRECISION)
     if GRADIENTS and not REVERSE and SKIP == 1:
@@ -245,7 +299,7 @@ def _map_gradients(
     dy_l: tl.constexpr, x_l: tl.constexpr, B_l: tl.constexpr, C_l: tl.constexpr,
     HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PER_GROUP: tl.constexpr,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dB and dC of one tile and one group of heads, from the states that enter the tile from both sides.
 
@@ -278,11 +332,11 @@ def _map_gradients(
     C_ptr += i_b * C_b + i_g * C_g + first * C_l
     B = tl.load(B_ptr + o_q[:, None] * B_l + o_n[None, :], mask=deep, other=0.0)
     C = tl.load(C_ptr + o_q[:, None] * C_l + o_n[None, :], mask=deep, other=0.0)
-    scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
+    scores = _dot(C, tl.trans(B), None, PRECISION)
     dscores = tl.zeros([Q, Q], tl.float32)
     dC = tl.zeros([Q, BLOCK_N], tl.float32)
     # two passes over the heads: with dB and dC in one, the registers do not suffice for n = 128
-    for i in range(PER_GROUP * BLOCKS_P):
+    for i in tl.range(0, PER_GROUP * BLOCKS_P, num_stages=STAGES):
         i_v = i_g * (PER_GROUP * BLOCKS_P) + i
         i_h = i_v // BLOCKS_P
         o_p = (i_v % BLOCKS_P) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -296,7 +350,7 @@ def _map_gradients(
         inflow = tl.exp2(sums.to(tl.float32))
         if PACKED:
             inflow = tl.where(run == before, inflow, 0.0)
-        dmatrix = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
+        dmatrix = _dot(dy, tl.trans(x), None, PRECISION)
         between = (sums[:, None] - shifted[None, :]).to(tl.float32)
         dmatrix *= tl.exp2(tl.where(visible, between, float("-inf")))
         dscores += dmatrix
@@ -304,15 +358,15 @@ def _map_gradients(
         o_within = (i_b * rows + i_v) * padded + first + o_q
         tl.store(within_ptr + o_within, tl.sum(products, 1))
         tl.store(within_ptr + tl.num_programs(1) * rows * padded + o_within, tl.sum(products, 0))
-        dC += tl.dot(dy, tl.trans(state), input_precision=PRECISION) * inflow[:, None]
+        dC += _dot(dy, tl.trans(state), None, PRECISION) * inflow[:, None]
     dscores = dscores.to(x_ptr.dtype.element_ty)
-    dC = tl.dot(dscores, B, dC, input_precision=PRECISION)
+    dC = _dot(dscores, B, dC, PRECISION)
     o_B = (i_b * length + first) * (GROUPS * N) + i_g * N
     o_tile = o_q[:, None] * (GROUPS * N) + o_n[None, :]
     tl.store(dC_ptr + o_B + o_tile, dC.to(dC_ptr.dtype.element_ty), mask=deep)
     # the product is transposed, not its factor: Triton 3.4 to 3.7.0 may miscompile dot(trans(a product), ...)
-    dB = tl.trans(tl.dot(tl.trans(C), dscores, input_precision=PRECISION))
-    for i in range(PER_GROUP * BLOCKS_P):
+    dB = tl.trans(_dot(tl.trans(C), dscores, None, PRECISION))
+    for i in tl.range(0, PER_GROUP * BLOCKS_P, num_stages=STAGES):
         i_v = i_g * (PER_GROUP * BLOCKS_P) + i
         i_h = i_v // BLOCKS_P
         o_p = (i_v % BLOCKS_P) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -329,7 +383,7 @@ def _map_gradients(
             factor = tl.where(before == after, factor, 0.0)
         passing = tl.sum(tl.sum(state.to(tl.float32) * adjoint.to(tl.float32), 1), 0) * factor
         tl.store(passing_ptr + (i_b * tiles + tile) * rows + i_v, passing)
-        dB += tl.dot(x, tl.trans(adjoint), input_precision=PRECISION) * outflow[:, None]
+        dB += _dot(x, tl.trans(adjoint), None, PRECISION) * outflow[:, None]
     tl.store(dB_ptr + o_B + o_tile, dB.to(dB_ptr.dtype.element_ty), mask=deep)
 
 
@@ -345,9 +399,9 @@ def _step_gradients(
     tile = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     step = tile.to(tl.int64)[:, None] * Q + tl.arange(0, Q)[None, :]
     real = step < length
-    taken = tl.zeros([BLOCK_T, Q], tl.float32)
     given = tl.zeros([BLOCK_T, Q], tl.float32)
-    inter = tl.zeros([BLOCK_T, Q], tl.float32)
+    taken = tl.zeros([BLOCK_T, Q], within_ptr.dtype.element_ty)  # float64 for float32 inputs
+    inter = tl.zeros([BLOCK_T, Q], within_ptr.dtype.element_ty)
     within = tl.zeros([BLOCK_T, Q], within_ptr.dtype.element_ty)
     o_given = tl.num_programs(2).to(tl.int64) * rows * padded
     passing = tl.zeros([BLOCK_T], tl.float32)
@@ -367,8 +421,8 @@ def _step_gradients(
     # Of dt A at step t: what reaches step t or later from before it. From before the tile to its steps from t on, from
     # its steps before t to after the tile, within it (pairs of steps on one side of t cancel), and across it.
     within += tl.sum(within, 1)[:, None] - tl.cumsum(within, 1)
-    dlog = tl.sum(taken, 1)[:, None] - tl.cumsum(taken, 1) + taken + within.to(tl.float32)
-    dlog += tl.cumsum(inter, 1) - inter + passing[:, None]
+    dlog = tl.sum(taken, 1)[:, None] - tl.cumsum(taken, 1) + taken + within
+    dlog = (dlog + tl.cumsum(inter, 1) - inter + passing[:, None]).to(tl.float32)
     ddt = step_size_gradient(given / tl.maximum(dt, SMALLEST) + dlog * A, raw, bias, SOFTPLUS, low, high)
     ddt = tl.where(real, ddt, 0.0)
     tl.store(ddt_ptr + (i_b * length + step) * HEADS + i_h, ddt.to(ddt_ptr.dtype.element_ty), mask=real)
@@ -423,11 +477,12 @@ def forward(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     starts = torch.empty(plan.edges, dtype=torch.float32, device=x.device)
     final = starts.new_empty(plan.state)
-    local, keep = plan.pieces(x)
+    local, keep, own = plan.pieces(x)
     shifted, sums = plan.pieces_of_sums(x)
     plan.ends(x, B, dt, A, dt_bias, run, local, keep, shifted, sums)
     plan.chain(local, keep, initial_state, starts, final)
-    plan.outputs(x, B, C, D, run, starts, shifted, sums, y, None, None, None, None, None)
+    plan.own_scores(B, C, own)
+    plan.outputs(x, B, C, D, run, starts, shifted, sums, own, y, None, None, None, None, None)
     return y, final, starts
 
 
@@ -449,8 +504,8 @@ def backward(
     plan.ends(dy, C, dt, A, dt_bias, run, local, keep, shifted, sums)
     plan.chain(local, keep, dfinal, ends, dinitial)
     for states_of, adjoints_of, map_gradients in plan.passes:
-        states_of(x, B, C, D, run, starts, shifted, sums, x, dy, states, None, taken, dD_parts)
-        adjoints_of(dy, C, B, D, run, ends, shifted, sums, dx, x, adjoints, given, inter, None)
+        states_of(x, B, C, D, run, starts, shifted, sums, None, x, dy, states, None, taken, dD_parts)
+        adjoints_of(dy, C, B, D, run, ends, shifted, sums, None, dx, x, adjoints, given, inter, None)
         map_gradients(dy, x, B, C, run, states, adjoints, shifted, sums, dB, dC, passing, within)
     plan.step_gradients(dt, A, dt_bias, taken, given, inter, within, passing, ddt, parts)
     plan.add_parts(parts, dD_parts, dA, ddt_bias, dD)
@@ -531,7 +586,7 @@ class _Plan:
             self.padded, *_outer(v), *_outer(m), *_outer(w), *((0, 0) if other is None else _outer(other)),
             v_l=v.stride(1), m_l=m.stride(1), w_l=w.stride(1), other_l=0 if other is None else other.stride(1),
             **self.shape, REVERSE=reverse, GRADIENTS=other is not None, SKIP=0 if D is None else D.dim(),
-            **self.config,
+            STAGES=self.config["num_stages"] if reverse or other is None else None, **self.config,
         )  # fmt: skip
 
     def make_map_gradients(self, dy, x, B, C, first, last, stored):
@@ -541,17 +596,21 @@ class _Plan:
         return Launch(
             _map_gradients, (tiles * self.groups, self.b), self.l, self.tiles, tile_0, stored, self.padded,
             *_outer(dy), *_outer(x), *_outer(B), *_outer(C), dy_l=dy.stride(1), x_l=x.stride(1), B_l=B.stride(1),
-            C_l=C.stride(1), **self.shape, **self.config,
+            C_l=C.stride(1), **self.shape, STAGES=self.config["num_stages"], **self.config,
         )  # fmt: skip
 
 
 class _ForwardPlan(_Plan):
     def __init__(self, x, dt, A, B, C, D, bias, initial, run, softplus, low, high):
         super().__init__(x, B, run)
-        self.pieces = Pieces(torch.float32, self.edges, self.edges[:3])
+        self.pieces = Pieces(torch.float32, self.edges, self.edges[:3], (self.b, self.groups, self.padded))
         self.pieces_of_sums = Pieces(self.sums_dtype, *[(self.b, self.h, self.padded)] * 2)
         self.ends = self.make_ends(x, B, dt, softplus, float(low), float(high), reverse=False)
         self.chain = self.make_chain(reverse=False)
+        self.own_scores = Launch(
+            _own_scores, (self.tiles, self.groups, self.b), self.l, self.padded, *_outer(B), *_outer(C),
+            m_l=B.stride(1), w_l=C.stride(1), N=self.shape["N"], Q=_Q, BLOCK_N=self.shape["BLOCK_N"], num_warps=4,
+        )  # fmt: skip
         self.outputs = self.make_outputs(x, B, C, D, 0, self.stretches, reverse=False)
 
 
@@ -570,7 +629,7 @@ class _BackwardPlan(_Plan):
         self.ends = self.make_ends(dy, C, dt, softplus, low, high, reverse=True)
         self.chain = self.make_chain(reverse=True)
         # the states of all tiles at once would take more memory than the gradients: some stretches after the other
-        part = max(1, min(self.stretches, 2**29 // (b * rows * block_n * block_p * self.per_stretch)))
+        part = max(1, min(self.stretches, 2**28 // (b * rows * block_n * block_p * self.per_stretch)))
         stored = min(self.tiles, part * self.per_stretch)
         self.pieces_of_states = Pieces(x.dtype, *[(b, stored, rows, block_n, block_p)] * 2)
         self.passes = []

@@ -81,9 +81,9 @@ def leaves(arguments):
 
 def make_ssd(
     b=1, l=1000, h=8, p=64, g=1, n=64, dtype=torch.bfloat16, layout="layer", packed=False, state=True, gate=False,
-    per_channel=False, limited=False, device=DEVICE,
+    per_channel=False, limited=False, device=DEVICE, seed=0,
 ):  # fmt: skip
-    make = Maker(b, l, dtype, layout, device)
+    make = Maker(b, l, dtype, layout, device, seed)
     z, dt = make.rows(h * p, h)
     x, B, C = make.rows(h * p, g * n, g * n)
     arguments = {
@@ -98,9 +98,9 @@ def make_ssd(
 
 def make_selective_scan(
     b=1, l=1000, e=256, g=1, n=16, dtype=torch.bfloat16, layout="layer", packed=False, state=True, gate=True,
-    limited=False, device=DEVICE,
+    limited=False, device=DEVICE, seed=0,
 ):  # fmt: skip
-    make = Maker(b, l, dtype, layout, device)
+    make = Maker(b, l, dtype, layout, device, seed)
     x, z = make.rows(e, e)
     dt, B, C = make.rows(e, g * n, g * n)
     arguments = {
@@ -190,20 +190,22 @@ def rounding_error(want: Tensor, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps * (0.21 if want.numel() >= 256 else 0.5)
 
 
-def assert_within_budget(op, arguments, options, public=None, strided=False):
-    dtype = arguments["x"].dtype
+def exact_and_ours(op, arguments, options, strided=False):
+    """Results in float64 and at the arguments' dtype, and the gradients of the outputs that both got."""
     with torch.no_grad():
-        weights = cotangents(outputs_of(op, arguments, options), dtype, strided)
+        weights = cotangents(outputs_of(op, arguments, options), arguments["x"].dtype, strided)
     exact = {name: t.detach().double().requires_grad_() for name, t in arguments.items()}
-    wanted, got = results(op, exact, options, weights), results(op, arguments, options, weights)
+    return results(op, exact, options, weights), results(op, arguments, options, weights), weights
+
+
+def assert_within_budget(op, arguments, options, strided=False):
+    wanted, got, weights = exact_and_ours(op, arguments, options, strided)
     with plain_form():
         same = results(op, arguments, options, weights)
     over = []
     for name, want in wanted.items():
         error, plain = relative_error(got[name], want), relative_error(same[name], want)
-        budget = 2 * (plain + rounding_error(want, dtype))
-        if public is not None:
-            budget = min(budget, public.get(name, math.inf))
+        budget = 2 * (plain + rounding_error(want, arguments["x"].dtype))
         if not error <= budget:  # NaN is not
             over.append(f"{name}: {error:.2e} > {budget:.2e} (plain {plain:.2e})")
     assert not over, "; ".join(over)
@@ -299,8 +301,16 @@ PUBLIC = {  # mamba_ssm 2.3.2 at b=1, l=2048, bfloat16
     ids=described,
 )
 def test_bfloat16_errors_stay_below_the_public_kernels(name, case):
-    arguments, options = MAKE[name](l=2048, state=False, **case)
-    assert_within_budget(OPS[name], arguments, options, PUBLIC[name])
+    """Over four draws: of gradients that are a few numbers one draw says little."""
+    errors, sizes = (dict.fromkeys(PUBLIC[name], 0.0) for _ in range(2))
+    for seed in range(4):
+        arguments, options = MAKE[name](l=2048, state=False, seed=seed, **case)
+        wanted, got, _ = exact_and_ours(OPS[name], arguments, options)
+        for key in PUBLIC[name]:
+            errors[key] += float((got[key].double() - wanted[key]).square().sum())
+            sizes[key] += float(wanted[key].square().sum())
+    found = {key: math.sqrt(errors[key] / sizes[key]) for key in errors}
+    assert {key: error for key, error in found.items() if not error <= PUBLIC[name][key]} == {}, found
 
 
 PUBLIC_MEMORY = [  # GB above the inputs, of outputs, gradients and workspace, as above but at l=262,144
