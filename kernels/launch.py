@@ -72,8 +72,8 @@ class Launch:
 
 def _watched() -> bool:
     """Whether a profiler wants to know of launches."""
-    runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))  # chains of functions, or one
 
 
 class Pieces:
