@@ -7,6 +7,24 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def exp2(x):
+    """2^x in float32: of a float32 exponent the GPU's approximation, 2e-7 off; of a float64 one to a rounding."""
+    if x.dtype == tl.float64:
+        x = tl.maximum(x, -200.0)  # float32 has nothing above 0 there; and not infinite, whose rest would be NaN
+        whole = tl.floor(x + 0.5)
+        v = (x - whole).to(tl.float32) * 0.69314718056
+        p = v * 1.984126984e-4 + 1.388888889e-3  # exp(v)'s series
+        p = p * v + 8.333333333e-3
+        p = p * v + 4.166666667e-2
+        p = p * v + 0.1666666667
+        p = p * v + 0.5
+        y = (p * v * v + v + 1.0) * tl.exp2(whole.to(tl.float32))
+    else:
+        y = tl.exp2(x)
+    return y
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)), with one exponential and one reciprocal."""
     return tl.fdiv(1.0, 1.0 + tl.exp2(-x * LOG2E))

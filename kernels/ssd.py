@@ -14,6 +14,7 @@ states (b, h, p, n). States, and all sums, are float32 (float64 for float64 inpu
 
 import math
 from functools import partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -359,9 +360,14 @@ def _forward_in_torch(
 _ssd = torch.library.custom_op("longseq::ssd", _forward_in_torch, mutates_args=())
 
 
+def _gpu_form(x: Tensor, B: Tensor) -> ModuleType | None:
+    """The Triton form, except in float32 with n > 128: a tensor core's sums of so many products cost dA a digit."""
+    return None if x.dtype == torch.float32 and B.shape[-1] > 128 else triton_form("ssd", x)
+
+
 @_ssd.register_kernel("cuda")
 def _on_gpu(x, *others):
-    form = triton_form("ssd", x)
+    form = _gpu_form(x, others[2])
     return _forward_in_torch(x, *others) if form is None else form.forward(x, *others[:-1])  # it has chunks of its own
 
 
@@ -369,7 +375,7 @@ def _on_gpu(x, *others):
 def _(x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, dt_min, dt_max, chunk_size):
     state = torch.empty_like(_zero_state(x, B))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    form = triton_form("ssd", x) if x.device.type == "cuda" else None
+    form = _gpu_form(x, B) if x.device.type == "cuda" else None
     if form is not None:
         return y, state, state.new_empty(form.shape_of_starts(x, B))
     return y, state, state.new_empty(_number_of_passes(x, chunk_size), *state.shape)
@@ -398,7 +404,8 @@ def _backward_in_torch(
         dx_part, dlog, ddt_part, dB_part, dC_part = one.backward(dy_part, dstate)
         if D is not None:
             products = dy_part * _slice_pass(x, i, chunks, chunk_size).to(dtype)
-            dD += products.sum((0, 1, 2)) if D.dim() == 2 else products.sum((0, 1, 2, 4))
+            products = products.sum(2) if D.dim() == 2 else products.sum(4).sum(2)  # in parts: a long sum loses digits
+            dD += products.sum((0, 1))
             dx_part = _skip(dx_part, dy_part, D)
         dt_part = _slice_pass(dt, i, chunks, chunk_size).to(dtype)
         ddt_part = ddt_part + dlog * A.to(dtype)
@@ -416,7 +423,7 @@ _ssd_backward = torch.library.custom_op("longseq::ssd_backward", _backward_in_to
 
 @_ssd_backward.register_kernel("cuda")
 def _backward_on_gpu(dy, dfinal, x, *others):
-    form = triton_form("ssd", x)
+    form = _gpu_form(x, others[2])
     if form is None:
         return _backward_in_torch(dy, dfinal, x, *others)
     return form.backward(dy, dfinal, x, *others[:-1])

@@ -2,11 +2,11 @@
 
 The sequence is cut into tiles of q steps, and runs of tiles ("stretches") go to programs of their own. Forward: every
 stretch's end state from zero (`_ends`), the states chained over stretches (`_chain`), and the outputs (`_outputs`),
-which walk each stretch again from its true start; `_own_scores` forms the products C . B of each step with itself. The
-adjoint of the map x -> y is the same map with time reversed and B and C exchanged, so dx comes from the same kernels. On
-the way they leave, per step, the products that the gradient of dt needs (`_step_gradients`), and per tile the states
-from both sides, from which `_map_gradients` forms dB and dC, one program per tile and group, summing over the group's
-heads in registers. kernels/README.md has the equations and the counts.
+which walk each stretch again from its true start; `_own_scores` forms each step's C . B. The adjoint of the map x -> y
+is the same map with time reversed and B and C exchanged, so dx comes from the same kernels. On the way they leave, per
+step, the products that the gradient of dt needs (`_step_gradients`), and per tile the states from both sides, from
+which `_map_gradients` forms dB and dC, one program per tile and group, summing over the group's heads in registers.
+kernels/README.md has the equations and the counts.
 
 Letters as in ssd.py. A state is kept as (n, p). A head whose p exceeds a block is split into several "rows" with a
 state of their own (h' = h * blocks of p).
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seqmodels.kernels.launch import Launch, Pieces, planned
-from seqmodels.kernels.math_triton import LOG2E, step_size, step_size_gradient
+from seqmodels.kernels.math_triton import LOG2E, exp2, step_size, step_size_gradient
 
 # The least step size that enters a product: what is linear in it can be divided by it again.
 SMALLEST = tl.constexpr(1e-18)
@@ -75,8 +75,8 @@ def _ends(
         if i_v % BLOCKS_P == 0:
             tl.store(shifted_ptr + o_steps + first + o_q, shifted)
             tl.store(sum_ptr + o_steps + first + o_q, sums)
-        weight = tl.exp2((sums if REVERSE else total - shifted).to(tl.float32))
-        factor = tl.exp2(total.to(tl.float32))
+        weight = exp2(sums if REVERSE else total - shifted)
+        factor = exp2(total)
         if PACKED:
             before, after, run = _runs(run_ptr, first, length, real, o_q, Q)
             weight = tl.where(run == (before if REVERSE else after), weight, 0.0)
@@ -103,7 +103,7 @@ def _next(state, m, v, weight, PRECISION: tl.constexpr):
 def _matrix(w, m, between, visible, PRECISION: tl.constexpr):
     """M of a tile in the inputs' dtype: scores w m^T times the decay, where it may be seen."""
     scores = _dot(w, tl.trans(m), None, PRECISION)
-    return (scores * tl.exp2(tl.where(visible, between, float("-inf")))).to(w.dtype)
+    return (scores * exp2(tl.where(visible, between, float("-inf")))).to(w.dtype)
 
 
 @triton.jit
@@ -246,14 +246,14 @@ def _outputs(
             tl.store(tile_ptr + o_tile * SIZE + o_state, state.to(tile_ptr.dtype.element_ty))
         # log2 of the decay (with the step size) from step j to step i; from and to the tile's edges
         if REVERSE:
-            between = (sums[None, :] - shifted[:, None]).to(tl.float32)
-            outer, inner = tl.exp2((total - shifted).to(tl.float32)), tl.exp2(sums.to(tl.float32))
+            between = sums[None, :] - shifted[:, None]
+            outer, inner = exp2(total - shifted), exp2(sums)
             visible = (o_q[None, :] - o_q[:, None]) >= 0
         else:
-            between = (sums[:, None] - shifted[None, :]).to(tl.float32)
-            outer, inner = tl.exp2(sums.to(tl.float32)), tl.exp2((total - shifted).to(tl.float32))
+            between = sums[:, None] - shifted[None, :]
+            outer, inner = exp2(sums), exp2(total - shifted)
             visible = (o_q[:, None] - o_q[None, :]) > 0
-        factor = tl.exp2(total.to(tl.float32))
+        factor = exp2(total)
         if PACKED:
             before, after, run = _runs(run_ptr, first, length, real, o_q, Q)
             outer = tl.where(run == (after if REVERSE else before), outer, 0.0)
@@ -279,7 +279,7 @@ def _outputs(
             factor_v = D if SKIP != 0 else 0.0
             if not REVERSE:
                 # a step's own input apart, in float32: its factor is the largest, so that rounding it costs the most
-                factor_v += (own * tl.exp2((sums - shifted).to(tl.float32)))[:, None]
+                factor_v += (own * exp2(sums - shifted))[:, None]
             if SKIP != 0 or not REVERSE:
                 out += v.to(tl.float32) * factor_v
             tl.store(out_ptr + first * (HEADS * P) + o_out, out.to(out_ptr.dtype.element_ty), mask=wide)
@@ -347,12 +347,12 @@ def _map_gradients(
         x = tl.load(x_ptr + i_h * x_h + o_q[:, None] * x_l + o_p[None, :], mask=wide, other=0.0)
         dy = tl.load(dy_ptr + i_h * dy_h + o_q[:, None] * dy_l + o_p[None, :], mask=wide, other=0.0)
         state = tl.load(state_ptr + i_v * SIZE + o_state)
-        inflow = tl.exp2(sums.to(tl.float32))
+        inflow = exp2(sums)
         if PACKED:
             inflow = tl.where(run == before, inflow, 0.0)
         dmatrix = _dot(dy, tl.trans(x), None, PRECISION)
-        between = (sums[:, None] - shifted[None, :]).to(tl.float32)
-        dmatrix *= tl.exp2(tl.where(visible, between, float("-inf")))
+        between = sums[:, None] - shifted[None, :]
+        dmatrix *= exp2(tl.where(visible, between, float("-inf")))
         dscores += dmatrix
         products = (dmatrix * scores).to(sums.dtype)
         o_within = (i_b * rows + i_v) * padded + first + o_q
@@ -377,7 +377,7 @@ def _map_gradients(
         x = tl.load(x_ptr + i_h * x_h + o_q[:, None] * x_l + o_p[None, :], mask=wide, other=0.0)
         state = tl.load(state_ptr + i_v * SIZE + o_state)
         adjoint = tl.load(adjoint_ptr + i_v * SIZE + o_state)
-        outflow, factor = tl.exp2((total - shifted).to(tl.float32)), tl.exp2(total.to(tl.float32))
+        outflow, factor = exp2(total - shifted), exp2(total)
         if PACKED:
             outflow = tl.where(run == after, outflow, 0.0)
             factor = tl.where(before == after, factor, 0.0)
