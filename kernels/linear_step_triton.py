@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from seqmodels.kernels.math_triton import sigmoid
+from seqmodels.kernels.math_triton import prefetch, sigmoid
 
 
 class Conv:
@@ -153,14 +153,6 @@ def launch_options(overlap: bool) -> dict[str, bool]:
 
 
 @triton.jit
-def prefetch(pointers, mask, inside):
-    """Asks for these addresses in the L2 cache: before a wait, since no value is taken. `inside` is a valid address."""
-    addresses = tl.where(mask, pointers.to(tl.int64, bitcast=True), inside.to(tl.int64, bitcast=True))
-    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-    tl.inline_asm_elementwise(asm, "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def _add_norm(
     x_ptr, residual_ptr, norm_ptr, y_ptr, total_ptr, x_stride, residual_stride, epsilon,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
@@ -215,7 +207,7 @@ def _linear_few(
             o_tap = tl.arange(0, 4)[None, :]
             p_tap = conv_state_ptr + tl.program_id(1).to(tl.int64) * BATCH * (TAPS - 1) * CHANNELS
             p_tap += o_tap * CHANNELS + channel[:, None]
-            prefetch(p_tap, m_channel[:, None] & (o_tap < TAPS - 1), conv_state_ptr)
+            prefetch(tl.where(m_channel[:, None] & (o_tap < TAPS - 1), p_tap, conv_state_ptr))
         gdc_wait()
         if not EARLY:
             gdc_launch_dependents()
@@ -287,14 +279,15 @@ def _linear_dot(
         if EARLY:
             gdc_launch_dependents()
         o_line = tl.arange(0, LINES)[None, :] * 64
-        prefetch(weight_ptr + o_o.to(tl.int64)[:, None] * I + o_line, m_o[:, None] & (o_line < I), weight_ptr)
+        p_weight = weight_ptr + o_o.to(tl.int64)[:, None] * I + o_line
+        prefetch(tl.where(m_o[:, None] & (o_line < I), p_weight, weight_ptr))
         if TAPS > 1:
             o_tap = tl.arange(0, 4)[None, :]
             p_line = conv_state_ptr + (o_b.to(tl.int64)[:, None] * (TAPS - 1) + o_tap) * CHANNELS
             column = tl.program_id(0) * BLOCK_O - FIRST
             inside = (column > -BLOCK_O) & (column < CHANNELS)
             mask = m_b[:, None] & (o_tap < TAPS - 1) & inside
-            prefetch(p_line + tl.maximum(tl.minimum(column, CHANNELS - 1), 0), mask, conv_state_ptr)
+            prefetch(tl.where(mask, p_line + tl.maximum(tl.minimum(column, CHANNELS - 1), 0), conv_state_ptr))
         gdc_wait()
         if not EARLY:
             gdc_launch_dependents()

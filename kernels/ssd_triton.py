@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seqmodels.kernels.launch import Launch, Pieces, planned
-from seqmodels.kernels.math_triton import LOG2E, exp2, step_size, step_size_gradient
+from seqmodels.kernels.math_triton import LOG2E, exp2, prefetch, step_size, step_size_gradient
 
 # The least step size that enters a product: what is linear in it can be divided by it again.
 SMALLEST = tl.constexpr(1e-18)
@@ -185,7 +185,7 @@ def _outputs(
     HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PER_GROUP: tl.constexpr,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     REVERSE: tl.constexpr, GRADIENTS: tl.constexpr, SKIP: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """What leaves the map over a stretch of tiles, from the state that enters the stretch.
 
@@ -232,6 +232,11 @@ def _outputs(
         real = o_q < tl.minimum(length - first, Q).to(tl.int32)
         wide = real[:, None] & (o_p < P)[None, :]
         deep = real[:, None] & (o_n < N)[None, :]
+        if AHEAD:  # the rows of the next tile, of which only one is on its way to shared memory
+            after = tl.minimum(tl.maximum(first - Q if REVERSE else first + Q, 0) + o_q, length - 1)
+            prefetch(v_ptr + after * v_l)
+            if GRADIENTS:
+                prefetch(other_ptr + after * other_l)
         shifted = tl.load(shifted_ptr + first + o_q)
         sums = tl.load(sum_ptr + first + o_q)
         total = tl.load(sum_ptr + first + Q - 1)
@@ -568,7 +573,8 @@ class _Plan:
         return Launch(
             _ends, (self.rows, self.stretches, self.b), self.l, self.tiles, self.per_stretch, self.padded, low, high,
             *_outer(v), *_outer(m), dt.stride(0), v_l=v.stride(1), m_l=m.stride(1), dt_l=dt.stride(1), **self.shape,
-            REVERSE=reverse, SOFTPLUS=softplus, **self.config,
+            REVERSE=reverse, SOFTPLUS=softplus, num_warps=self.config["num_warps"],
+            num_stages=3 if self.config["num_stages"] > 1 else 1,
         )  # fmt: skip
 
     def make_chain(self, reverse):
@@ -586,7 +592,8 @@ class _Plan:
             self.padded, *_outer(v), *_outer(m), *_outer(w), *((0, 0) if other is None else _outer(other)),
             v_l=v.stride(1), m_l=m.stride(1), w_l=w.stride(1), other_l=0 if other is None else other.stride(1),
             **self.shape, REVERSE=reverse, GRADIENTS=other is not None, SKIP=0 if D is None else D.dim(),
-            STAGES=self.config["num_stages"] if reverse or other is None else None, **self.config,
+            STAGES=self.config["num_stages"] if reverse or other is None else None,
+            AHEAD=v.is_cuda and self.config["num_stages"] < 3, **self.config,
         )  # fmt: skip
 
     def make_map_gradients(self, dy, x, B, C, first, last, stored):
