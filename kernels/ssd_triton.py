@@ -1,12 +1,12 @@
 """SSD on NVIDIA GPUs, in Triton: the chunked form of ssd.py and its adjoint, walked with the state in registers.
 
-The sequence is cut into tiles of q steps, and runs of tiles ("stretches") go to programs of their own. Forward: every
-stretch's end state from zero (`_ends`), the states chained over stretches (`_chain`), and the outputs (`_outputs`),
-which walk each stretch again from its true start; `_own_scores` forms each step's C . B. The adjoint of the map x -> y
-is the same map with time reversed and B and C exchanged, so dx comes from the same kernels. On the way they leave, per
-step, the products that the gradient of dt needs (`_step_gradients`), and per tile the states from both sides, from
-which `_map_gradients` forms dB and dC, one program per tile and group, summing over the group's heads in registers.
-kernels/README.md has the equations and the counts.
+The sequence is cut into tiles of q steps, and runs of tiles ("stretches") go to programs of their own. Forward: the
+decays of every step (`_decays`), every stretch's end state from zero (`_ends`), the states chained over stretches
+(`_chain`), and the outputs (`_outputs`), which walk each stretch again from its true start. The adjoint of the map
+x -> y is the same map with time reversed and B and C exchanged, so dx comes from the same kernels. On the way they
+leave, per step, the products that the gradient of dt needs (`_step_gradients`), and per tile the states from both
+sides, from which `_map_gradients` forms dB and dC, one program per tile and group, summing over the group's heads in
+registers. kernels/README.md has the equations and the counts.
 
 Letters as in ssd.py. A state is kept as (n, p). A head whose p exceeds a block is split into several "rows" with a
 state of their own (h' = h * blocks of p).
@@ -22,22 +22,68 @@ from seqmodels.kernels.math_triton import LOG2E, exp2, prefetch, step_size, step
 
 # The least step size that enters a product: what is linear in it can be divided by it again.
 SMALLEST = tl.constexpr(1e-18)
+# 2 to this power is 0 in float32, times any step size.
+NOTHING = tl.constexpr(-200.0)
+MOST_TILES = tl.constexpr(64)  # of a stretch
+
+
+@triton.jit(do_not_specialize=["length", "padded"])
+def _decays(
+    dt_ptr, A_ptr, bias_ptr, m_ptr, w_ptr, shifted_ptr, sum_ptr, own_ptr,
+    length, padded, low, high, dt_b, m_b, m_g, w_b, w_g,
+    dt_l: tl.constexpr, m_l: tl.constexpr, w_l: tl.constexpr,
+    HEADS: tl.constexpr, N: tl.constexpr, PER_GROUP: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """Of a tile's steps and a block of heads: the log2 of the decay from the tile's start (sum_ptr), and that less the
+    log2 of the step size (shifted_ptr). For m, w = B, C also C . B of every step and group (own_ptr).
+    """
+    BLOCKS_H: tl.constexpr = (PER_GROUP + BLOCK_H - 1) // BLOCK_H
+    i_t, i_block, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_g = i_block // BLOCKS_H
+    first = i_t.to(tl.int64) * Q
+    o_q, o_n = tl.arange(0, Q), tl.arange(0, BLOCK_N)
+    o_h = (i_block % BLOCKS_H) * BLOCK_H + tl.arange(0, BLOCK_H)
+    i_h, m_h = i_g * PER_GROUP + o_h, o_h < PER_GROUP
+    real = o_q < tl.minimum(length - first, Q).to(tl.int32)
+    raw = tl.load(
+        dt_ptr + i_b * dt_b + first * dt_l + (o_q[:, None] * dt_l + i_h[None, :]), mask=real[:, None] & m_h[None, :],
+        other=0.0,
+    )  # fmt: skip
+    A = tl.load(A_ptr + i_h, mask=m_h, other=0.0).to(sum_ptr.dtype.element_ty) * LOG2E
+    bias = tl.zeros([BLOCK_H], tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + i_h, mask=m_h, other=0.0).to(tl.float32)
+    dt = tl.where(real[:, None], step_size(raw.to(tl.float32), bias[None, :], SOFTPLUS, low, high), 0.0)
+    sums = tl.cumsum(dt * A[None, :], 0)
+    shifted = sums - tl.log2(tl.maximum(dt, SMALLEST).to(sums.dtype))
+    o_steps = (i_b * HEADS + i_h)[None, :] * padded + first + o_q[:, None]
+    tl.store(shifted_ptr + o_steps, shifted, mask=m_h[None, :])
+    tl.store(sum_ptr + o_steps, sums, mask=m_h[None, :])
+    if own_ptr is not None:  # noqa: SIM102 (known when this is compiled, what follows is not)
+        if i_block % BLOCKS_H == 0:
+            deep = real[:, None] & (o_n < N)[None, :]
+            p_m = m_ptr + i_b * m_b + i_g * m_g + first * m_l
+            p_w = w_ptr + i_b * w_b + i_g * w_g + first * w_l
+            m = tl.load(p_m + (o_q[:, None] * m_l + o_n[None, :]), mask=deep, other=0.0).to(tl.float32)
+            w = tl.load(p_w + (o_q[:, None] * w_l + o_n[None, :]), mask=deep, other=0.0).to(tl.float32)
+            tl.store(own_ptr + (i_b * (HEADS // PER_GROUP) + i_g) * padded + first + o_q, tl.sum(m * w, 1))
 
 
 @triton.jit(do_not_specialize=["length", "tiles", "per_stretch", "padded"])
 def _ends(
-    v_ptr, m_ptr, dt_ptr, A_ptr, bias_ptr, run_ptr, edge_ptr, keep_ptr, shifted_ptr, sum_ptr,
-    length, tiles, per_stretch, padded, low, high,
-    v_b, v_h, m_b, m_g, dt_b,
-    v_l: tl.constexpr, m_l: tl.constexpr, dt_l: tl.constexpr,
+    v_ptr, m_ptr, run_ptr, shifted_ptr, sum_ptr, edge_ptr, keep_ptr,
+    length, tiles, per_stretch, padded,
+    v_b, v_h, m_b, m_g,
+    v_l: tl.constexpr, m_l: tl.constexpr,
     HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PER_GROUP: tl.constexpr,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The state that leaves a stretch which a zero state enters, and the decay over the stretch.
 
-    Forward v, m = x, B; in reverse v, m = dy, C, and the state is the adjoint's. Also, of every step, the log2 of the
-    decay from the tile's start (sum_ptr), and that less the log2 of the step size (shifted_ptr).
+    Forward v, m = x, B; in reverse v, m = dy, C, and the state is the adjoint's. The walk begins at the edge that the
+    state leaves by and ends where nothing of a tile is left there: where the decay is 0 in float32.
     """
     BLOCKS_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     SIZE: tl.constexpr = BLOCK_N * BLOCK_P
@@ -48,44 +94,40 @@ def _ends(
     o_v, o_m = o_q[:, None] * v_l + o_p[None, :], o_q[:, None] * m_l + o_n[None, :]
     v_ptr += i_b * v_b + i_h * v_h
     m_ptr += i_b * m_b + (i_h // PER_GROUP) * m_g
-    dt_ptr += i_b * dt_b + i_h
-    o_steps = (i_b * HEADS + i_h) * tl.multiple_of(padded, Q)
+    padded = tl.multiple_of(padded, Q)
+    shifted_ptr += (i_b * HEADS + i_h) * padded
+    sum_ptr += (i_b * HEADS + i_h) * padded
+    tile_0 = i_s * per_stretch
+    steps = tl.minimum(per_stretch, tiles - tile_0)
+    # tiles from the edge on, and the decay between them and the edge
+    o_t = tl.arange(0, MOST_TILES)
+    p_total = sum_ptr + (tile_0 + (o_t if REVERSE else steps - 1 - o_t)).to(tl.int64) * Q + (Q - 1)
+    totals = tl.load(p_total, mask=o_t < steps, other=0.0)
+    outer = tl.cumsum(totals, 0) - totals
+    walked = tl.max(tl.where((o_t < steps) & (outer > NOTHING), o_t + 1, 0), 0)
+    keep = exp2(tl.sum(totals, 0))
     if PACKED:
         run_ptr += i_b * length
-    A = tl.load(A_ptr + i_h).to(sum_ptr.dtype.element_ty) * LOG2E
-    bias = tl.load(bias_ptr + i_h).to(tl.float32) if bias_ptr is not None else 0.0
-    steps = tl.minimum(per_stretch, tiles - i_s * per_stretch)
+        before = tl.load(run_ptr + tl.maximum(tile_0.to(tl.int64) * Q - 1, 0))
+        after = tl.load(run_ptr + tl.minimum((tile_0 + steps).to(tl.int64) * Q, length) - 1)
+        keep = tl.where(before == after, keep, 0.0)
     state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-    keep = 1.0
-    # dt a tile ahead by hand: the compiler fetches only what products need ahead, and that by at least 4 bytes
-    p_dt = dt_ptr + o_q * dt_l
-    first = (i_s * per_stretch + (steps - 1 if REVERSE else 0)).to(tl.int64) * Q
-    raw = tl.load(p_dt + first * dt_l, mask=o_q < length - first, other=0.0)
-    for i in range(steps):
-        tile = i_s * per_stretch + (steps - 1 - i if REVERSE else i)
-        first = tile.to(tl.int64) * Q
+    passed = tl.sum(tl.zeros_like(totals), 0)
+    for i in tl.range(0, walked, num_stages=STAGES):
+        first = (tile_0 + (i if REVERSE else steps - 1 - i)).to(tl.int64) * Q
         real = o_q < tl.minimum(length - first, Q).to(tl.int32)
-        after = first - Q if REVERSE else first + Q
-        left = tl.where(i < steps - 1, tl.minimum(length - after, Q), 0).to(tl.int32)
-        next_raw = tl.load(p_dt + after * dt_l, mask=o_q < left, other=0.0)
-        dt = tl.where(real, step_size(raw.to(tl.float32), bias, SOFTPLUS, low, high), 0.0)
-        sums = tl.cumsum(dt * A, 0)
-        total = tl.sum(dt * A, 0)
-        shifted = sums - tl.log2(tl.maximum(dt, SMALLEST).to(sums.dtype))
-        if i_v % BLOCKS_P == 0:
-            tl.store(shifted_ptr + o_steps + first + o_q, shifted)
-            tl.store(sum_ptr + o_steps + first + o_q, sums)
-        weight = exp2(sums if REVERSE else total - shifted)
-        factor = exp2(total)
+        total = tl.load(sum_ptr + first + Q - 1)
+        if REVERSE:
+            weight = exp2(passed + tl.load(sum_ptr + first + o_q))
+        else:
+            weight = exp2(passed + total - tl.load(shifted_ptr + first + o_q))
         if PACKED:
-            before, after, run = _runs(run_ptr, first, length, real, o_q, Q)
+            run = tl.load(run_ptr + first + o_q, mask=real, other=-1)
             weight = tl.where(run == (before if REVERSE else after), weight, 0.0)
-            factor = tl.where(before == after, factor, 0.0)
         v = tl.load(v_ptr + first * v_l + o_v, mask=real[:, None] & (o_p < P)[None, :], other=0.0)
         m = tl.load(m_ptr + first * m_l + o_m, mask=real[:, None] & (o_n < N)[None, :], other=0.0)
-        state = _next(state * factor, m, v, weight, PRECISION)
-        keep *= factor
-        raw = next_raw
+        state = _next(state, m, v, weight, PRECISION)
+        passed += total
     i_edge = (i_b * tl.num_programs(1) + i_s) * (HEADS * BLOCKS_P) + i_v
     o_state = tl.arange(0, BLOCK_N)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     tl.store(edge_ptr + i_edge * SIZE + o_state, state)
@@ -129,23 +171,6 @@ def _runs(run_ptr, first, length, real, o_q, Q):
     before = tl.load(run_ptr + tl.maximum(first - 1, 0))
     after = tl.load(run_ptr + tl.minimum(first + Q, length) - 1)
     return before, after, tl.load(run_ptr + first + o_q, mask=real, other=-1)
-
-
-@triton.jit(do_not_specialize=["length", "padded"])
-def _own_scores(
-    m_ptr, w_ptr, own_ptr, length, padded, m_b, m_g, w_b, w_g, m_l: tl.constexpr, w_l: tl.constexpr,
-    N: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """C . B of every step and group, in float32: m, w = B, C."""
-    i_t, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first = i_t.to(tl.int64) * Q
-    o_q, o_n = tl.arange(0, Q), tl.arange(0, BLOCK_N)
-    deep = (o_q < tl.minimum(length - first, Q).to(tl.int32))[:, None] & (o_n < N)[None, :]
-    p_m = m_ptr + i_b * m_b + i_g * m_g + first * m_l
-    p_w = w_ptr + i_b * w_b + i_g * w_g + first * w_l
-    m = tl.load(p_m + (o_q[:, None] * m_l + o_n[None, :]), mask=deep, other=0.0).to(tl.float32)
-    w = tl.load(p_w + (o_q[:, None] * w_l + o_n[None, :]), mask=deep, other=0.0).to(tl.float32)
-    tl.store(own_ptr + (i_b * tl.num_programs(1) + i_g) * padded + first + o_q, tl.sum(m * w, 1))
 
 
 @triton.jit(do_not_specialize=["stretches"])
@@ -484,9 +509,9 @@ def forward(
     final = starts.new_empty(plan.state)
     local, keep, own = plan.pieces(x)
     shifted, sums = plan.pieces_of_sums(x)
-    plan.ends(x, B, dt, A, dt_bias, run, local, keep, shifted, sums)
+    plan.decays(dt, A, dt_bias, B, C, shifted, sums, own)
+    plan.ends(x, B, run, shifted, sums, local, keep)
     plan.chain(local, keep, initial_state, starts, final)
-    plan.own_scores(B, C, own)
     plan.outputs(x, B, C, D, run, starts, shifted, sums, own, y, None, None, None, None, None)
     return y, final, starts
 
@@ -506,7 +531,8 @@ def backward(
     local, keep, ends, taken, given, inter, passing, dD_parts, parts = plan.pieces(x)
     shifted, sums, within = plan.pieces_of_sums(x)
     states, adjoints = plan.pieces_of_states(x)
-    plan.ends(dy, C, dt, A, dt_bias, run, local, keep, shifted, sums)
+    plan.decays(dt, A, dt_bias, None, None, shifted, sums, None)
+    plan.ends(dy, C, run, shifted, sums, local, keep)
     plan.chain(local, keep, dfinal, ends, dinitial)
     for states_of, adjoints_of, map_gradients in plan.passes:
         states_of(x, B, C, D, run, starts, shifted, sums, None, x, dy, states, None, taken, dD_parts)
@@ -557,7 +583,7 @@ class _Plan:
         self.rows = self.h * triton.cdiv(p, block_p)
         self.tiles = triton.cdiv(self.l, _Q)
         self.per_stretch = 1  # enough programs for a GPU, but few states to chain
-        while self.per_stretch < 64 and self.tiles * self.b * self.rows > self.per_stretch * _PROGRAMS:
+        while self.per_stretch < MOST_TILES.value and self.tiles * self.b * self.rows > self.per_stretch * _PROGRAMS:
             self.per_stretch *= 2
         self.stretches = triton.cdiv(self.tiles, self.per_stretch)
         self.padded = self.tiles * _Q
@@ -568,13 +594,24 @@ class _Plan:
             "BLOCK_N": block_n, "PACKED": run is not None, "PRECISION": "tf32x3" if self.exact else "tf32",
         }  # fmt: skip
 
-    def make_ends(self, v, m, dt, softplus, low, high, reverse):
-        """Every stretch's own end state and decay, and the steps' (shifted and summed) log2 decays."""
+    def make_decays(self, dt, B, C, softplus, low, high):
+        """Of every step, its decays and its C . B."""
+        per_group = self.h // self.groups
+        block_h = min(32, triton.next_power_of_2(per_group))
         return Launch(
-            _ends, (self.rows, self.stretches, self.b), self.l, self.tiles, self.per_stretch, self.padded, low, high,
-            *_outer(v), *_outer(m), dt.stride(0), v_l=v.stride(1), m_l=m.stride(1), dt_l=dt.stride(1), **self.shape,
-            REVERSE=reverse, SOFTPLUS=softplus, num_warps=self.config["num_warps"],
-            num_stages=3 if self.config["num_stages"] > 1 else 1,
+            _decays, (self.tiles, self.groups * triton.cdiv(per_group, block_h), self.b), self.l, self.padded,
+            float(low), float(high), dt.stride(0), *_outer(B), *_outer(C), dt_l=dt.stride(1), m_l=B.stride(1),
+            w_l=C.stride(1), HEADS=self.h, N=self.shape["N"], PER_GROUP=per_group, Q=_Q, BLOCK_N=self.edges[3],
+            BLOCK_H=block_h, SOFTPLUS=softplus, num_warps=4,
+        )  # fmt: skip
+
+    def make_ends(self, v, m, reverse):
+        """Every stretch's own end state and decay."""
+        stages = 3 if self.config["num_stages"] > 1 else 1
+        return Launch(
+            _ends, (self.rows, self.stretches, self.b), self.l, self.tiles, self.per_stretch, self.padded, *_outer(v),
+            *_outer(m), v_l=v.stride(1), m_l=m.stride(1), **self.shape, REVERSE=reverse, STAGES=stages,
+            **(self.config | {"num_stages": stages}),
         )  # fmt: skip
 
     def make_chain(self, reverse):
@@ -612,12 +649,9 @@ class _ForwardPlan(_Plan):
         super().__init__(x, B, run)
         self.pieces = Pieces(torch.float32, self.edges, self.edges[:3], (self.b, self.groups, self.padded))
         self.pieces_of_sums = Pieces(self.sums_dtype, *[(self.b, self.h, self.padded)] * 2)
-        self.ends = self.make_ends(x, B, dt, softplus, float(low), float(high), reverse=False)
+        self.decays = self.make_decays(dt, B, C, softplus, low, high)
+        self.ends = self.make_ends(x, B, reverse=False)
         self.chain = self.make_chain(reverse=False)
-        self.own_scores = Launch(
-            _own_scores, (self.tiles, self.groups, self.b), self.l, self.padded, *_outer(B), *_outer(C),
-            m_l=B.stride(1), w_l=C.stride(1), N=self.shape["N"], Q=_Q, BLOCK_N=self.shape["BLOCK_N"], num_warps=4,
-        )  # fmt: skip
         self.outputs = self.make_outputs(x, B, C, D, 0, self.stretches, reverse=False)
 
 
@@ -633,7 +667,8 @@ class _BackwardPlan(_Plan):
             (*self.edges[:3], block_p if skip == 2 else 1), (2, b, blocks, h),
         )  # fmt: skip
         self.pieces_of_sums = Pieces(self.sums_dtype, per_head, per_head, (2, *per_step))
-        self.ends = self.make_ends(dy, C, dt, softplus, low, high, reverse=True)
+        self.decays = self.make_decays(dt, B, C, softplus, low, high)
+        self.ends = self.make_ends(dy, C, reverse=True)
         self.chain = self.make_chain(reverse=True)
         # the states of all tiles at once would take more memory than the gradients: some stretches after the other
         part = max(1, min(self.stretches, 2**28 // (b * rows * block_n * block_p * self.per_stretch)))
