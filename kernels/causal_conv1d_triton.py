@@ -291,9 +291,9 @@ def _steps(b: int, l: int, columns: int, stretches: int, unroll: int) -> int:
 @planned
 def _forward_plan(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Any, run: Any, silu: bool) -> Launch:
     (b, l, d), k = x.shape, weight.shape[1]
-    # The best of 15 configurations on an H200 at l = 2^20, bf16: wide blocks of channels, 16 bytes of a row a thread.
-    stretches, block = (4, 256) if d >= 1024 else (8, 128)
-    unroll = 8 if x.element_size() == 2 else 4
+    # The best of 18 configurations on an H200 at l = 2^20, bf16: 16 bytes of a row a thread, 16 rows asked for at once
+    # (0.685 ms at d = 640, 2.43 at d = 2,304; 8 rows 0.746 and 2.65).
+    stretches, block, unroll = 8, 128, 32 // x.element_size()
     unit, x_b, x_l = _distances(x)
     columns = triton.cdiv(d, block)
     steps = _steps(b, l, columns, stretches, unroll)
