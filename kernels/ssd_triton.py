@@ -24,7 +24,7 @@ from seqmodels.kernels.math_triton import LOG2E, exp2, prefetch, step_size, step
 SMALLEST = tl.constexpr(1e-18)
 # 2 to this power is 0 in float32, times any step size.
 NOTHING = tl.constexpr(-200.0)
-MOST_TILES = tl.constexpr(64)  # of a stretch
+MOST_TILES = tl.constexpr(128)  # of a stretch
 
 
 @triton.jit(do_not_specialize=["length", "padded"])
@@ -436,45 +436,54 @@ def _map_gradients(
 def _step_gradients(
     dt_ptr, A_ptr, bias_ptr, taken_ptr, given_ptr, inter_ptr, within_ptr, passing_ptr, ddt_ptr, part_ptr,
     length, tiles, padded, low, high, dt_b, dt_l,
-    HEADS: tl.constexpr, BLOCKS_P: tl.constexpr, Q: tl.constexpr, BLOCK_T: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HEADS: tl.constexpr, BLOCKS_P: tl.constexpr, Q: tl.constexpr, BLOCK_H: tl.constexpr, TILES: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
-    """ddt of some tiles of a head, and their parts of the gradients of A and of the bias."""
-    i_h, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """ddt of some tiles and heads, and their parts of the gradients of A and of the bias."""
     rows: tl.constexpr = HEADS * BLOCKS_P
-    tile = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    step = tile.to(tl.int64)[:, None] * Q + tl.arange(0, Q)[None, :]
-    real = step < length
-    given = tl.zeros([BLOCK_T, Q], tl.float32)
-    taken = tl.zeros([BLOCK_T, Q], within_ptr.dtype.element_ty)  # float64 for float32 inputs
-    inter = tl.zeros([BLOCK_T, Q], within_ptr.dtype.element_ty)
-    within = tl.zeros([BLOCK_T, Q], within_ptr.dtype.element_ty)
+    i_t, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    o_q, o_h = tl.arange(0, Q), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    m_h = o_h < HEADS
     o_given = tl.num_programs(2).to(tl.int64) * rows * padded
-    passing = tl.zeros([BLOCK_T], tl.float32)
-    for i in range(BLOCKS_P):
-        i_v = i_h * BLOCKS_P + i
-        o_product = (i_b * rows + i_v) * padded + step
-        taken += tl.load(taken_ptr + o_product, mask=real, other=0.0)
-        given += tl.load(given_ptr + o_product, mask=real, other=0.0)
-        inter += tl.load(inter_ptr + o_product, mask=real, other=0.0)
-        within += tl.load(within_ptr + o_product, mask=real, other=0.0)
-        within -= tl.load(within_ptr + o_given + o_product, mask=real, other=0.0)
-        passing += tl.load(passing_ptr + (i_b * tiles + tile) * rows + i_v, mask=tile < tiles, other=0.0)
-    A = tl.load(A_ptr + i_h).to(tl.float32)
-    bias = tl.load(bias_ptr + i_h).to(tl.float32) if bias_ptr is not None else 0.0
-    raw = tl.load(dt_ptr + i_b * dt_b + i_h + step * dt_l, mask=real, other=0.0).to(tl.float32)
-    dt = step_size(raw, bias, SOFTPLUS, low, high)
-    # Of dt A at step t: what reaches step t or later from before it. From before the tile to its steps from t on, from
-    # its steps before t to after the tile, within it (pairs of steps on one side of t cancel), and across it.
-    within += tl.sum(within, 1)[:, None] - tl.cumsum(within, 1)
-    dlog = tl.sum(taken, 1)[:, None] - tl.cumsum(taken, 1) + taken + within
-    dlog = (dlog + tl.cumsum(inter, 1) - inter + passing[:, None]).to(tl.float32)
-    ddt = step_size_gradient(given / tl.maximum(dt, SMALLEST) + dlog * A, raw, bias, SOFTPLUS, low, high)
-    ddt = tl.where(real, ddt, 0.0)
-    tl.store(ddt_ptr + (i_b * length + step) * HEADS + i_h, ddt.to(ddt_ptr.dtype.element_ty), mask=real)
-    o_part = (i_b * tl.num_programs(1) + i_t) * HEADS + i_h
-    parts = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * HEADS
-    tl.store(part_ptr + o_part, tl.sum(tl.sum(tl.where(real, dt * dlog, 0.0), 1), 0))
-    tl.store(part_ptr + parts + o_part, tl.sum(tl.sum(ddt, 1), 0))
+    A = tl.load(A_ptr + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+    bias = tl.zeros([1, BLOCK_H], tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+    dA = tl.zeros([BLOCK_H], tl.float32)
+    dbias = tl.zeros([BLOCK_H], tl.float32)
+    for tile in range(i_t * TILES, tl.minimum(i_t * TILES + TILES, tiles)):
+        step = (tile * Q + o_q).to(tl.int64)[:, None]
+        real = (step < length) & m_h[None, :]
+        raw = tl.load(dt_ptr + i_b * dt_b + step * dt_l + o_h[None, :], mask=real, other=0.0).to(tl.float32)
+        given = tl.zeros([Q, BLOCK_H], tl.float32)
+        taken = tl.zeros([Q, BLOCK_H], within_ptr.dtype.element_ty)  # float64 for float32 inputs
+        inter = tl.zeros([Q, BLOCK_H], within_ptr.dtype.element_ty)
+        within = tl.zeros([Q, BLOCK_H], within_ptr.dtype.element_ty)
+        passing = tl.zeros([BLOCK_H], tl.float32)
+        for i in range(BLOCKS_P):
+            i_v = o_h * BLOCKS_P + i
+            o_product = (i_b * rows + i_v)[None, :] * padded + step
+            taken += tl.load(taken_ptr + o_product, mask=real, other=0.0)
+            given += tl.load(given_ptr + o_product, mask=real, other=0.0)
+            inter += tl.load(inter_ptr + o_product, mask=real, other=0.0)
+            within += tl.load(within_ptr + o_product, mask=real, other=0.0)
+            within -= tl.load(within_ptr + o_given + o_product, mask=real, other=0.0)
+            passing += tl.load(passing_ptr + (i_b * tiles + tile) * rows + i_v, mask=m_h, other=0.0)
+        dt = step_size(raw, bias, SOFTPLUS, low, high)
+        # Of dt A at step t: what reaches step t or later from before it. From before the tile to its steps from t on,
+        # from its steps before t to after the tile, within it (pairs of steps on one side of t cancel), and across it.
+        reaching = taken + within
+        dlog = tl.sum(reaching, 0)[None, :] - tl.cumsum(reaching, 0) + reaching
+        dlog = (dlog + tl.cumsum(inter, 0) - inter + passing[None, :]).to(tl.float32)
+        ddt = step_size_gradient(given / tl.maximum(dt, SMALLEST) + dlog * A, raw, bias, SOFTPLUS, low, high)
+        ddt = tl.where(real, ddt, 0.0)
+        tl.store(ddt_ptr + (i_b * length + step) * HEADS + o_h[None, :], ddt.to(ddt_ptr.dtype.element_ty), mask=real)
+        dA += tl.sum(tl.where(real, dt * dlog, 0.0), 0)
+        dbias += tl.sum(ddt, 0)
+    o_part = (i_b * tl.num_programs(0) + i_t) * HEADS + o_h
+    parts = tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * HEADS
+    tl.store(part_ptr + o_part, dA, mask=m_h)
+    tl.store(part_ptr + parts + o_part, dbias, mask=m_h)
 
 
 @triton.jit(do_not_specialize=["parts", "edges"])
@@ -680,7 +689,7 @@ class _BackwardPlan(_Plan):
         super().__init__(x, B, run)
         b, h, rows, (block_n, block_p) = self.b, self.h, self.rows, self.edges[3:]
         low, high, skip = float(low), float(high), 0 if D is None else D.dim()
-        blocks = triton.cdiv(self.tiles, 16)
+        blocks = triton.cdiv(self.tiles, 4)
         per_step, per_head = (b, rows, self.padded), (b, h, self.padded)
         self.pieces = Pieces(
             torch.float32, self.edges, self.edges[:3], self.edges, per_step, per_step, per_step, (b, self.tiles, rows),
@@ -702,12 +711,14 @@ class _BackwardPlan(_Plan):
                 self.make_outputs(dy, C, B, D, *cut, reverse=True, other=x, stored=stored),
                 self.make_map_gradients(dy, x, B, C, *cut, stored),
             ))  # fmt: skip
+        block_h = min(16, triton.next_power_of_2(h))
         self.step_gradients = Launch(
-            _step_gradients, (h, blocks, b), self.l, self.tiles, self.padded, low, high, *dt.stride()[:2], HEADS=h,
-            BLOCKS_P=rows // h, Q=_Q, BLOCK_T=16, SOFTPLUS=softplus, num_warps=4,
+            _step_gradients, (blocks, triton.cdiv(h, block_h), b), self.l, self.tiles, self.padded, low, high,
+            *dt.stride()[:2], HEADS=h, BLOCKS_P=rows // h, Q=_Q, BLOCK_H=block_h, TILES=4, SOFTPLUS=softplus,
+            num_warps=4,
         )  # fmt: skip
         self.add_parts = Launch(
-            _add_parts, (h,), b * blocks, b * self.stretches, HEADS=h, P=self.shape["P"], BLOCK_P=block_p, BLOCK=64,
+            _add_parts, (h,), b * blocks, b * self.stretches, HEADS=h, P=self.shape["P"], BLOCK_P=block_p, BLOCK=128,
             SKIP=skip, num_warps=4,
         )  # fmt: skip
 
