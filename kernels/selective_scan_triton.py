@@ -1,15 +1,21 @@
-"""The selective scan on NVIDIA GPUs, in Triton: three kernels forward, three backward, no atomics.
+"""The selective scan on NVIDIA GPUs, in Triton: walks along time with the state in registers, no atomics.
 
 Time is cut into segments. Forward, `_walk` first finds for every segment the state at its end when it starts from zero,
 and the sum of dt over it; since the decay over a segment is exp(A sum dt), `_chain` turns these into the state before
-every segment; a second `_walk` starts from there and writes y. A warp holds the states of 32 channels in registers, all
-n of a channel in one thread, so that the sum over n needs no other thread.
+every segment; a second `_walk` starts from there and writes y. `_walk_back` and `_chain` do the same for the adjoint.
 
-Backward, `_walk_back` and `_chain` do the same for the adjoint, and `_gradients` takes a segment from its end to its
-start, PIECE steps at a time. It knows the state before (stored forward every STEPS steps) and the adjoint after. It
-walks the piece forward and notes the state before every TURN steps in a scratch that stays in cache; then, from the
-last to the first, it recomputes TURN states and decays into registers and walks them backwards. Here a warp is laid
-out as 8 channels by 4 n, several of both per thread: dB and dC are sums over channels, y, dx and ddt sums over n.
+For inputs of 16 bits, two more walks then give all gradients: one forward with the states (`_walk_gradients`), one back
+with the adjoints (`_walk_back_gradients`). With w[t] = G[t] a[t] h[t-1], what ddt and dA need of both is
+
+    w[t] - w[t+1] = dy[t] C[t] h[t] - dt[t] x[t] B[t] G[t]                      (dy before the gate)
+
+so each walk sums its own term, over n for ddt and over time for dA (weighted by the sum of dt until t), and w itself
+is formed only where a state is stored. Numbers nearly cancel: ddt and dA are off by 1e-6 to 1e-5, which 16 bits hide.
+
+For float32, `_gradients` takes a segment from its end to its start, PIECE steps at a time. It knows the state before
+(stored forward every STEPS steps) and the adjoint after. It walks the piece forward and notes the state before every
+TURN steps in a scratch that stays in cache; then, from the last to the first, it recomputes TURN states and decays into
+registers and walks them backwards. Here a warp is laid out as 8 channels by 4 n, several of both per thread.
 """
 
 import functools
@@ -24,12 +30,24 @@ from seqmodels.kernels.math_triton import LOG2E, sigmoid, softplus
 
 STEPS = 64  # as in selective_scan.py
 # Measured on an H200 at l = 1,048,576, e = 256, n = 16 in bfloat16, each beside two to five alternatives.
-WARPS, STAGES, REGISTERS = 4, 4, 112  # a walk's warps, steps under way, registers per thread: 16 warps a processor
-LONGEST, LONGEST_BACK = 16, 4  # chunks of STEPS steps per segment, at most
+WARPS, UNROLL, STAGES = 2, 4, 3  # a walk's warps, steps at once, such blocks of steps under way
+REGISTERS, MOST_REGISTERS = 168, 255  # per thread, of walks and of walks with gradients: 12 and 8 warps a processor
+LONGEST, LONGEST_EXACT = 16, 4  # chunks of STEPS steps per segment, at most
 WIDE = 1 << 19  # from so many elements on, B and C are made float32 once instead of by every program
 GRADIENT_WARPS, TURN, PIECE = 8, 4, 32  # of _gradients
 ROWS = 16  # steps that _gradients takes at once beside its walks
 TILE, RESIDENT = 16, 8  # states per thread, and warps per processor, that 255 registers allow
+
+
+@triton.jit
+def _load(p, mask):
+    return tl.load(p) if mask is None else tl.load(p, mask, 0.0)
+
+
+@triton.jit
+def _sigmoid(x):
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))  # cheaper than a division, with its care for subnormals
+    return root * root
 
 
 @triton.jit
@@ -41,52 +59,115 @@ def _step_size(raw, low, high, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr):
 
 
 @triton.jit
-def _load(p, mask):
-    return tl.load(p) if mask is None else tl.load(p, mask, 0.0)
+def _step_size_16(raw, low, high, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr):
+    """`_step_size` to 1.4e-6, for inputs of 16 bits."""
+    dt = raw
+    if SOFTPLUS:
+        u = tl.exp2(tl.abs(raw) * -LOG2E)
+        p = u * 0.014588099745 - 0.067850549596
+        p = p * u + 0.151026964312
+        p = p * u - 0.236113063367
+        p = p * u + 0.331404181335
+        p = p * u - 0.499907462530
+        p = p * u + 1.0
+        dt = tl.maximum(raw, 0.0) + u * p
+    if LIMITED:
+        dt = tl.minimum(tl.maximum(dt, low), high)
+    return dt
 
 
-@triton.jit(do_not_specialize=["l", "one", "segments", "per_segment", "chunks"])
+@triton.jit
+def _place(
+    A_ptr, bias_ptr, one, group, block,
+    e: tl.constexpr, n: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Where a program's channels and states are: [e / 2, 2], [n], [e / 2, 2, n], with masks where needed; A, bias.
+
+    A thread has two neighbouring channels (4 bytes is the least that can be fetched ahead) with all their n, so that
+    sums over n stay in it. `one` is 1, but the compiler must not know, or it would spread n over threads.
+    """
+    PER: tl.constexpr = e // GROUPS
+    within = block * E + tl.arange(0, E) // 2 * 2 * one + tl.arange(0, E) % 2
+    o_e, o_n = group * PER + within, tl.arange(0, N)
+    m_e = within < PER
+    m_h = m_e[:, None] & (o_n < n)[None, :]
+    e_h, n_h = o_e[:, None], o_n[None, :] * one
+    A = tl.load(A_ptr + n_h * e + e_h, m_h, 0.0).to(tl.float32) * LOG2E
+    bias = tl.zeros([E], tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + o_e, m_e, 0.0).to(tl.float32)
+    return o_e, m_e, o_n, e_h, n_h, m_h, A, bias
+
+
+@triton.jit
+def _forth(
+    h, total, t0, x_ptr, dt_ptr, z_ptr, p_B, p_C, y_ptr, resets_ptr, A, D, bias, o_e, here, row, low, high,
+    x_l: tl.constexpr, dt_l: tl.constexpr, z_l: tl.constexpr, B_l: tl.constexpr, C_l: tl.constexpr, e: tl.constexpr,
+    T: tl.constexpr, OUTPUT: tl.constexpr, SKIP: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
+):  # fmt: skip
+    """T steps of `_walk`."""
+    p_x, p_dt = x_ptr + t0 * x_l + o_e, dt_ptr + t0 * dt_l + o_e
+    if OUTPUT:
+        p_y = y_ptr + t0 * e + o_e
+        if z_ptr is not None:
+            p_z = z_ptr + t0 * z_l + o_e
+    for k in tl.static_range(T):
+        x = _load(p_x + k * x_l, here).to(tl.float32)
+        dt = _step_size(_load(p_dt + k * dt_l, here).to(tl.float32) + bias, low, high, SOFTPLUS, LIMITED)
+        B = _load(p_B + k * B_l, row).to(tl.float32)
+        if resets_ptr is not None:
+            h = tl.where(tl.load(resets_ptr + t0 + k) != 0, 0.0, h)
+        h = h * tl.exp2(dt[:, None] * A) + (dt * x)[:, None] * B[None, :]
+        if OUTPUT:
+            C = _load(p_C + k * C_l, row).to(tl.float32)
+            y = tl.sum(h * C[None, :], 1)
+            if SKIP:
+                y += D * x
+            if z_ptr is not None:
+                z = _load(p_z + k * z_l, here).to(tl.float32)
+                y = y * z * _sigmoid(z)
+            tl.store(p_y + k * e, y.to(y_ptr.dtype.element_ty), here)
+        else:
+            total += dt
+    return h, total
+
+
+@triton.jit(do_not_specialize=["l", "one", "segments", "per_segment", "chunks", "x_b", "dt_b", "z_b", "B_b", "C_b"])
 def _walk(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, initial_ptr, resets_ptr,
     starts_ptr, total_ptr, y_ptr, final_ptr,
-    l, e, n, one, per_group, blocks, all_blocks, segments, per_segment, chunks, low, high,
-    x_b, x_l, dt_b, dt_l, z_b, z_l, B_b, B_l, B_g, C_b, C_l, C_g,
-    N: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, OUTPUT: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, EVEN_N: tl.constexpr, EVEN_E: tl.constexpr,
+    l, one, segments, per_segment, chunks, low, high, x_b, dt_b, z_b, B_b, C_b,
+    e: tl.constexpr, n: tl.constexpr, x_l: tl.constexpr, dt_l: tl.constexpr, z_l: tl.constexpr,
+    B_l: tl.constexpr, B_g: tl.constexpr, C_l: tl.constexpr, C_g: tl.constexpr, GROUPS: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, T: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, OUTPUT: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
     """Walks a segment forward. Without OUTPUT: from zero, to its end state and sum of dt; with it: from the true start.
 
-    A tile of states is [e / 2, 2, n]: a thread has two neighbouring channels (4 bytes is the least that can be fetched
-    ahead) and all their n. `one` is 1, but the compiler must not know, or it would spread n over lanes for wider loads.
+    x_b etc. are the rows (of x_l numbers) from one batch entry to the next. Strides of rows and all that concerns
+    channels are constants: an address then costs nothing but a constant offset.
     """
+    BLOCKS: tl.constexpr = (e // GROUPS + E - 1) // E
     pid = tl.program_id(0)
     walked = segments if OUTPUT else segments - 1
-    segment = (pid // all_blocks) % walked
-    i_b = (pid // all_blocks // walked).to(tl.int64)
-    group = pid % all_blocks // blocks
-    within = pid % all_blocks % blocks * E + (tl.arange(0, E // 2) * 2 * one)[:, None] + tl.arange(0, 2)[None, :]
-    o_e, m_e = group * per_group + within, within < per_group
-    o_n = tl.arange(0, N)
-    m_n = o_n < n
-    m_h = m_e[:, :, None] & m_n[None, None, :]
-    e_h, n_h = o_e[:, :, None] * one, o_n[None, None, :] * one  # of no known order: threads are laid along channels
-    A = tl.load(A_ptr + e_h * n + n_h, m_h, 0.0).to(tl.float32) * LOG2E
-    bias = tl.zeros([E // 2, 2], tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + o_e, m_e, 0.0).to(tl.float32)
+    segment = (pid // (GROUPS * BLOCKS)) % walked
+    i_b = (pid // (GROUPS * BLOCKS) // walked).to(tl.int64)
+    group = pid % (GROUPS * BLOCKS) // BLOCKS
+    o_e, m_e, o_n, e_h, n_h, m_h, A, bias = _place(A_ptr, bias_ptr, one, group, pid % BLOCKS, e, n, GROUPS, N, E)
+    here, row = None if (e // GROUPS) % E == 0 else m_e, None if n == N else o_n < n
     first = segment.to(tl.int64) * per_segment * STEPS
-    x_ptr += i_b * x_b + first * x_l
-    dt_ptr += i_b * dt_b + first * dt_l
-    B_ptr += i_b * B_b + first * B_l + group * B_g
+    x_ptr += (i_b * x_b + first) * x_l
+    dt_ptr += (i_b * dt_b + first) * dt_l
+    B_ptr += (i_b * B_b + first) * B_l + group * B_g
     starts_ptr += (i_b * chunks + segment * per_segment) * n * e
-    h = tl.zeros([E // 2, 2, N], tl.float32)
-    total = tl.zeros([E // 2, 2], tl.float32)
-    D = tl.zeros([E // 2, 2], tl.float32)
+    h = tl.zeros([E, N], tl.float32)
+    total = tl.zeros([E], tl.float32)
+    D = tl.zeros([E], tl.float32)
     if OUTPUT:
-        C_ptr += i_b * C_b + first * C_l + group * C_g
+        C_ptr += (i_b * C_b + first) * C_l + group * C_g
         y_ptr += (i_b * l + first) * e
         if z_ptr is not None:
-            z_ptr += i_b * z_b + first * z_l
+            z_ptr += (i_b * z_b + first) * z_l
         if D_ptr is not None:
             D = tl.load(D_ptr + o_e, m_e, 0.0).to(tl.float32)
         if segment > 0:
@@ -95,31 +176,26 @@ def _walk(
             h = tl.load(initial_ptr + (i_b * e + e_h) * n + n_h, m_h, 0.0).to(tl.float32)
     if resets_ptr is not None:
         resets_ptr += i_b * l + first
-    here = None if EVEN_E else m_e
-    row = None if EVEN_N else m_n
     steps = tl.minimum(per_segment * STEPS, l - first).to(tl.int32)
+    p_B, p_C = B_ptr + o_n, C_ptr + o_n
     for chunk in range(0, steps, STEPS):
         if OUTPUT:
             tl.store(starts_ptr + chunk // STEPS * n * e + n_h * e + e_h, h, m_h)
-        for t in tl.range(chunk, tl.minimum(chunk + STEPS, steps), num_stages=STAGES):
-            x = _load(x_ptr + t * x_l + o_e, here).to(tl.float32)
-            dt = _load(dt_ptr + t * dt_l + o_e, here).to(tl.float32)
-            dt = _step_size(dt + bias, low, high, SOFTPLUS, LIMITED)
-            B = _load(B_ptr + t * B_l + o_n, row).to(tl.float32)
-            if resets_ptr is not None:
-                h = tl.where(tl.load(resets_ptr + t) != 0, 0.0, h)
-            h = h * tl.exp2(dt[:, :, None] * A) + (dt * x)[:, :, None] * B[None, None, :]
-            if OUTPUT:
-                C = _load(C_ptr + t * C_l + o_n, row).to(tl.float32)
-                y = tl.sum(h * C[None, None, :], 2)
-                if D_ptr is not None:
-                    y += D * x
-                if z_ptr is not None:
-                    z = _load(z_ptr + t * z_l + o_e, here).to(tl.float32)
-                    y = y * z * sigmoid(z)
-                tl.store(y_ptr + t * e + o_e, y.to(y_ptr.dtype.element_ty), here)
-            else:
-                total += dt
+        end = tl.minimum(chunk + STEPS, steps)
+        whole = end // T * T
+        for t in tl.range(chunk, whole, T, num_stages=STAGES):
+            h, total = _forth(
+                h, total, t, x_ptr, dt_ptr, z_ptr, p_B, p_C, y_ptr, resets_ptr, A, D, bias, o_e, here, row, low, high,
+                x_l, dt_l, z_l, B_l, C_l, e, T, OUTPUT, D_ptr is not None, SOFTPLUS, LIMITED,
+            )  # fmt: skip
+            p_B += T * B_l
+            p_C += T * C_l
+        for t in tl.range(whole, end, num_stages=1):
+            h, total = _forth(
+                h, total, t, x_ptr, dt_ptr, z_ptr, B_ptr + t * B_l + o_n, C_ptr + t * C_l + o_n, y_ptr, resets_ptr,
+                A, D, bias, o_e, here, row, low, high,
+                x_l, dt_l, z_l, B_l, C_l, e, 1, OUTPUT, D_ptr is not None, SOFTPLUS, LIMITED,
+            )  # fmt: skip
     if OUTPUT:
         if segment == segments - 1:
             tl.store(final_ptr + (i_b * e + e_h) * n + n_h, h, m_h)
@@ -178,57 +254,400 @@ def _chain(
         state = tl.sum(tl.where((o_r == ROWS - 1)[:, None], value, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["l", "one", "segments", "per_segment"])
+@triton.jit
+def _back(
+    carry, total, t0, dy_ptr, dt_ptr, z_ptr, p_C, resets_ptr, A, bias, o_e, here, row, low, high,
+    dy_l: tl.constexpr, dt_l: tl.constexpr, z_l: tl.constexpr, C_l: tl.constexpr,
+    T: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
+):  # fmt: skip
+    """T steps of `_walk_back`."""
+    p_dy, p_dt = dy_ptr + t0 * dy_l + o_e, dt_ptr + t0 * dt_l + o_e
+    if z_ptr is not None:
+        p_z = z_ptr + t0 * z_l + o_e
+    for back in tl.static_range(T):
+        k = T - 1 - back
+        dy = _load(p_dy + k * dy_l, here).to(tl.float32)
+        if z_ptr is not None:
+            z = _load(p_z + k * z_l, here).to(tl.float32)
+            dy = dy * z * _sigmoid(z)
+        dt = _step_size(_load(p_dt + k * dt_l, here).to(tl.float32) + bias, low, high, SOFTPLUS, LIMITED)
+        C = _load(p_C + k * C_l, row).to(tl.float32)
+        total += dt
+        carry = (carry + dy[:, None] * C[None, :]) * tl.exp2(dt[:, None] * A)
+        if resets_ptr is not None:
+            carry = tl.where(tl.load(resets_ptr + t0 + k) != 0, 0.0, carry)
+    return carry, total
+
+
+@triton.jit(do_not_specialize=["l", "one", "segments", "per_segment", "dy_b", "dt_b", "z_b", "C_b"])
 def _walk_back(
     dy_ptr, dt_ptr, A_ptr, C_ptr, z_ptr, bias_ptr, resets_ptr, carries_ptr, total_ptr,
-    l, e, n, one, per_group, blocks, all_blocks, segments, per_segment, low, high,
-    dy_b, dy_l, dt_b, dt_l, z_b, z_l, C_b, C_l, C_g,
-    N: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, EVEN_N: tl.constexpr, EVEN_E: tl.constexpr,
+    l, one, segments, per_segment, low, high, dy_b, dt_b, z_b, C_b,
+    e: tl.constexpr, n: tl.constexpr, dy_l: tl.constexpr, dt_l: tl.constexpr, z_l: tl.constexpr,
+    C_l: tl.constexpr, C_g: tl.constexpr, GROUPS: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, T: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
     """Walks segments 1, 2, ... backwards from adjoint zero, to what leaves their first step, and their sums of dt."""
+    BLOCKS: tl.constexpr = (e // GROUPS + E - 1) // E
     pid = tl.program_id(0)
-    segment = (pid // all_blocks) % (segments - 1) + 1
-    i_b = (pid // all_blocks // (segments - 1)).to(tl.int64)
-    group = pid % all_blocks // blocks
-    within = pid % all_blocks % blocks * E + (tl.arange(0, E // 2) * 2 * one)[:, None] + tl.arange(0, 2)[None, :]
-    o_e, m_e = group * per_group + within, within < per_group
-    o_n = tl.arange(0, N)
-    m_n = o_n < n
-    m_h = m_e[:, :, None] & m_n[None, None, :]
-    e_h, n_h = o_e[:, :, None] * one, o_n[None, None, :] * one
-    A = tl.load(A_ptr + e_h * n + n_h, m_h, 0.0).to(tl.float32) * LOG2E
-    bias = tl.zeros([E // 2, 2], tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + o_e, m_e, 0.0).to(tl.float32)
+    segment = (pid // (GROUPS * BLOCKS)) % (segments - 1) + 1
+    i_b = (pid // (GROUPS * BLOCKS) // (segments - 1)).to(tl.int64)
+    group = pid % (GROUPS * BLOCKS) // BLOCKS
+    o_e, m_e, o_n, e_h, n_h, m_h, A, bias = _place(A_ptr, bias_ptr, one, group, pid % BLOCKS, e, n, GROUPS, N, E)
+    here, row = None if (e // GROUPS) % E == 0 else m_e, None if n == N else o_n < n
     first = segment.to(tl.int64) * per_segment * STEPS
-    dy_ptr += i_b * dy_b + first * dy_l
-    dt_ptr += i_b * dt_b + first * dt_l
-    C_ptr += i_b * C_b + first * C_l + group * C_g
+    dy_ptr += (i_b * dy_b + first) * dy_l
+    dt_ptr += (i_b * dt_b + first) * dt_l
+    C_ptr += (i_b * C_b + first) * C_l + group * C_g
     if z_ptr is not None:
-        z_ptr += i_b * z_b + first * z_l
+        z_ptr += (i_b * z_b + first) * z_l
     if resets_ptr is not None:
         resets_ptr += i_b * l + first
-    here = None if EVEN_E else m_e
-    row = None if EVEN_N else m_n
-    carry = tl.zeros([E // 2, 2, N], tl.float32)
-    total = tl.zeros([E // 2, 2], tl.float32)
+    carry = tl.zeros([E, N], tl.float32)
+    total = tl.zeros([E], tl.float32)
     steps = tl.minimum(per_segment * STEPS, l - first).to(tl.int32)
-    for back in tl.range(0, steps, num_stages=STAGES):
+    whole = steps // T * T
+    for back in tl.range(0, steps - whole, num_stages=1):
         t = steps - 1 - back
-        dy = _load(dy_ptr + t * dy_l + o_e, here).to(tl.float32)
-        if z_ptr is not None:
-            z = _load(z_ptr + t * z_l + o_e, here).to(tl.float32)
-            dy = dy * z * sigmoid(z)
-        dt = _load(dt_ptr + t * dt_l + o_e, here).to(tl.float32)
-        dt = _step_size(dt + bias, low, high, SOFTPLUS, LIMITED)
-        C = _load(C_ptr + t * C_l + o_n, row).to(tl.float32)
-        total += dt
-        carry = (carry + dy[:, :, None] * C[None, None, :]) * tl.exp2(dt[:, :, None] * A)
-        if resets_ptr is not None:
-            carry = tl.where(tl.load(resets_ptr + t) != 0, 0.0, carry)
+        carry, total = _back(
+            carry, total, t, dy_ptr, dt_ptr, z_ptr, C_ptr + t * C_l + o_n, resets_ptr, A, bias, o_e, here, row,
+            low, high, dy_l, dt_l, z_l, C_l, 1, SOFTPLUS, LIMITED,
+        )  # fmt: skip
+    p_C = C_ptr + (whole - T) * C_l + o_n
+    for _ in range(one):  # within another loop, C is fetched by all threads together
+        for back in tl.range(T, whole + T, T, num_stages=STAGES):
+            carry, total = _back(
+                carry, total, whole - back, dy_ptr, dt_ptr, z_ptr, p_C, resets_ptr, A, bias, o_e, here, row,
+                low, high, dy_l, dt_l, z_l, C_l, T, SOFTPLUS, LIMITED,
+            )  # fmt: skip
+            p_C -= T * C_l
     tl.store(carries_ptr + (i_b * segments + segment - 1) * n * e + n_h * e + e_h, carry, m_h)
     tl.store(total_ptr + (i_b * segments + segment) * e + o_e, total, m_e)
+
+
+# Gradients for inputs of 16 bits.
+
+
+@triton.jit
+def _pairs(v):
+    """Sums of neighbouring channels, which are in one thread."""
+    return tl.sum(tl.reshape(v, [v.shape[0] // 2, 2, v.shape[1]]), 1)
+
+
+@triton.jit
+def _joined(ps, T: tl.constexpr, ROUND: tl.constexpr):
+    """T tiles (e / 2, n) as one, (e / 2, n T); rounded to tf32 if asked, since the product only cuts."""
+    K: tl.constexpr = ps[0].shape[0]
+    N: tl.constexpr = ps[0].shape[1]
+    if T == 1:
+        p = ps[0]
+    elif T == 2:
+        p = tl.join(ps[0], ps[1])
+    else:
+        p = tl.join(tl.join(ps[0], ps[2]), tl.join(ps[1], ps[3]))
+    if ROUND:
+        p = ((p.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    return tl.reshape(p, [K, N * T])
+
+
+@triton.jit
+def _store_sums(p, sums_ptr, row_stride: tl.constexpr, n: tl.constexpr, N: tl.constexpr, T: tl.constexpr):
+    """Sums T tiles of `_joined` over channels, by a product with ones, to T rows from sums_ptr on."""
+    p = tl.dot(tl.trans(p), tl.full([p.shape[0], 8], 1.0, tl.float32), input_precision="tf32")
+    i, column = tl.arange(0, N * T)[:, None], tl.arange(0, 8)[None, :]
+    pointers = sums_ptr + (i % T) * row_stride + i // T + column * 0
+    tl.store(pointers, p.to(sums_ptr.dtype.element_ty), (i // T < n) & (column == 0))
+
+
+@triton.jit
+def _forth_gradients(
+    h, dA, cum, t0, dy_ptr, x_ptr, dt_ptr, z_ptr, p_B, p_C, resets_ptr, even_ptr, odd_ptr, dz_ptr,
+    A, D, bias, o_e, here, o_pair, pair, row, low, high,
+    dy_l: tl.constexpr, x_l: tl.constexpr, dt_l: tl.constexpr, z_l: tl.constexpr, B_l: tl.constexpr, C_l: tl.constexpr,
+    e: tl.constexpr, T: tl.constexpr, SKIP: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
+):  # fmt: skip
+    """T steps of `_walk_gradients`; and what is to be summed over channels for dC."""
+    p_x, p_dt = x_ptr + t0 * x_l + o_e, dt_ptr + t0 * dt_l + o_e
+    p_dy = dy_ptr + t0 * dy_l + o_e
+    p_even, p_odd = even_ptr + t0 * (e // 2) + o_pair, odd_ptr + t0 * (e // 2) + o_pair
+    if z_ptr is not None:
+        p_z = z_ptr + t0 * z_l + o_e
+        p_dz = dz_ptr + t0 * e + o_e
+    ps = ()
+    for k in tl.static_range(T):
+        x = _load(p_x + k * x_l, here).to(tl.float32)
+        dy = _load(p_dy + k * dy_l, here).to(tl.float32)
+        dt = _step_size_16(_load(p_dt + k * dt_l, here).to(tl.float32) + bias, low, high, SOFTPLUS, LIMITED)
+        B, C = _load(p_B + k * B_l, row).to(tl.float32), _load(p_C + k * C_l, row).to(tl.float32)
+        if resets_ptr is not None:
+            h = tl.where(tl.load(resets_ptr + t0 + k) != 0, 0.0, h)
+        h = h * tl.exp2(dt[:, None] * A) + (dt * x)[:, None] * B[None, :]
+        v = h * C[None, :]
+        cum += dt
+        if z_ptr is not None:
+            y = tl.sum(v, 1)
+            if SKIP:
+                y += D * x
+            z = _load(p_z + k * z_l, here).to(tl.float32)
+            gate = _sigmoid(z)
+            dy *= gate
+            dz = dy * y * (1.0 + z * (1.0 - gate))
+            tl.store(p_dz + k * e, dz.to(dz_ptr.dtype.element_ty), here)
+            dy *= z
+        dA += (cum * dy)[:, None] * v
+        even, odd = tl.split(tl.reshape(dy * tl.sum(v * A, 1), [dy.shape[0] // 2, 2]))
+        tl.store(p_even + k * (e // 2), even.to(tl.int32, bitcast=True), pair)
+        tl.store(p_odd + k * (e // 2), odd.to(tl.int32, bitcast=True), pair)
+        ps += (_pairs(dy[:, None] * h),)
+    return h, dA, cum, _joined(ps, T, x_ptr.dtype.element_ty == tl.float16)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "b", "l", "one", "segments", "per_segment", "chunks", "dy_b", "x_b", "dt_b", "z_b", "B_b", "C_b"
+    ]
+)  # fmt: skip
+def _walk_gradients(
+    dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, resets_ptr, starts_ptr,
+    even_ptr, odd_ptr, dz_ptr, dC_ptr, dA_ptr, cum_ptr, final_ptr,
+    b, l, one, segments, per_segment, chunks, low, high, dy_b, x_b, dt_b, z_b, B_b, C_b,
+    e: tl.constexpr, n: tl.constexpr, dy_l: tl.constexpr, x_l: tl.constexpr, dt_l: tl.constexpr, z_l: tl.constexpr,
+    B_l: tl.constexpr, B_g: tl.constexpr, C_l: tl.constexpr, C_g: tl.constexpr, GROUPS: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, T: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
+):  # fmt: skip
+    """Walks a segment forward for all gradients that need states: dz, dC, and the states' parts of ddt and dA.
+
+    Step t's part of ddt, dy sum_n A C h, is float32, one channel where ddt of a pair will be and one where dx will be.
+    cum is the sum of dt since the last stored state; dA's part is weighted by it. final is the last state.
+    """
+    PER: tl.constexpr = e // GROUPS
+    BLOCKS: tl.constexpr = (PER + E - 1) // E
+    pid = tl.program_id(0)
+    segment = (pid // (GROUPS * BLOCKS)) % segments
+    i_b = (pid // (GROUPS * BLOCKS) // segments).to(tl.int64)
+    group = pid % (GROUPS * BLOCKS) // BLOCKS
+    block = pid % BLOCKS
+    o_e, m_e, o_n, e_h, n_h, m_h, A, bias = _place(A_ptr, bias_ptr, one, group, block, e, n, GROUPS, N, E)
+    here, row = None if PER % E == 0 else m_e, None if n == N else o_n < n
+    o_pair = block * (E // 2) + tl.arange(0, E // 2) * one
+    pair = None if PER % E == 0 else o_pair < PER // 2
+    o_pair += group * (PER // 2)
+    first = segment.to(tl.int64) * per_segment * STEPS
+    dy_ptr += (i_b * dy_b + first) * dy_l
+    x_ptr += (i_b * x_b + first) * x_l
+    dt_ptr += (i_b * dt_b + first) * dt_l
+    B_ptr += (i_b * B_b + first) * B_l + group * B_g
+    C_ptr += (i_b * C_b + first) * C_l + group * C_g
+    starts_ptr += (i_b * chunks + segment * per_segment) * n * e
+    cum_ptr += (i_b * chunks + segment * per_segment) * e
+    even_ptr += (i_b * l + first) * (e // 2)
+    odd_ptr += (i_b * l + first) * (e // 2)
+    if z_ptr is not None:
+        z_ptr += (i_b * z_b + first) * z_l
+        dz_ptr += (i_b * l + first) * e
+    if resets_ptr is not None:
+        resets_ptr += i_b * l + first
+    D = tl.zeros([E], tl.float32)
+    if D_ptr is not None:
+        D = tl.load(D_ptr + o_e, m_e, 0.0).to(tl.float32)
+    dC_ptr += ((block * b + i_b) * l + first) * (GROUPS * n) + group * n
+    steps = tl.minimum(per_segment * STEPS, l - first).to(tl.int32)
+    whole = steps // T * T
+    h = tl.load(starts_ptr + n_h * e + e_h, m_h, 0.0)
+    dA = tl.zeros([E, N], tl.float32)
+    p_B, p_C = B_ptr + o_n, C_ptr + o_n
+    # A block's p is summed during the next block's arithmetic; before the first, zeros go where its sums will be.
+    p = tl.zeros([E // 2, N * T], tl.float32)
+    for chunk in range(0, steps, STEPS):
+        cum = tl.zeros([E], tl.float32)
+        end = tl.minimum(chunk + STEPS, steps)
+        for t in tl.range(chunk, end // T * T, T, num_stages=STAGES):
+            _store_sums(p, dC_ptr + tl.maximum(t - T, 0) * (GROUPS * n), GROUPS * n, n, N, T)
+            h, dA, cum, p = _forth_gradients(
+                h, dA, cum, t, dy_ptr, x_ptr, dt_ptr, z_ptr, p_B, p_C, resets_ptr, even_ptr, odd_ptr, dz_ptr,
+                A, D, bias, o_e, here, o_pair, pair, row, low, high, dy_l, x_l, dt_l, z_l, B_l, C_l, e, T,
+                D_ptr is not None, SOFTPLUS, LIMITED,
+            )  # fmt: skip
+            p_B += T * B_l
+            p_C += T * C_l
+        for t in tl.range(end // T * T, end, num_stages=1):
+            h, dA, cum, p_1 = _forth_gradients(
+                h, dA, cum, t, dy_ptr, x_ptr, dt_ptr, z_ptr, B_ptr + t * B_l + o_n, C_ptr + t * C_l + o_n, resets_ptr,
+                even_ptr, odd_ptr, dz_ptr,
+                A, D, bias, o_e, here, o_pair, pair, row, low, high, dy_l, x_l, dt_l, z_l, B_l, C_l, e, 1,
+                D_ptr is not None, SOFTPLUS, LIMITED,
+            )  # fmt: skip
+            _store_sums(p_1, dC_ptr + t * (GROUPS * n), GROUPS * n, n, N, 1)
+        tl.store(cum_ptr + chunk // STEPS * e + o_e, cum, m_e)
+    if whole > 0:
+        _store_sums(p, dC_ptr + (whole - T) * (GROUPS * n), GROUPS * n, n, N, T)
+    tl.store(dA_ptr + (i_b * segments + segment) * n * e + n_h * e + e_h, dA, m_h)
+    if segment == segments - 1:
+        tl.store(final_ptr + i_b * n * e + n_h * e + e_h, h, m_h)
+
+
+@triton.jit
+def _back_gradients(
+    carry, dA, cum, Aw, dD, dbias, t0, dy_ptr, x_ptr, dt_ptr, z_ptr, p_B, p_C, resets_ptr, even_ptr, odd_ptr,
+    dx_ptr, ddt_ptr, A, D, bias, o_e, here, o_pair, pair, row, low, high,
+    dy_l: tl.constexpr, x_l: tl.constexpr, dt_l: tl.constexpr, z_l: tl.constexpr, B_l: tl.constexpr, C_l: tl.constexpr,
+    e: tl.constexpr, T: tl.constexpr, SKIP: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
+):  # fmt: skip
+    """T steps of `_walk_back_gradients`; and what is to be summed over channels for dB."""
+    p_x, p_dt = x_ptr + t0 * x_l + o_e, dt_ptr + t0 * dt_l + o_e
+    p_dy = dy_ptr + t0 * dy_l + o_e
+    p_even, p_odd = even_ptr + t0 * (e // 2) + o_pair, odd_ptr + t0 * (e // 2) + o_pair
+    p_dx, p_ddt = dx_ptr + t0 * e + o_e, ddt_ptr + t0 * e + o_e
+    if z_ptr is not None:
+        p_z = z_ptr + t0 * z_l + o_e
+    ps = ()
+    for back in tl.static_range(T):
+        k = T - 1 - back
+        x = _load(p_x + k * x_l, here).to(tl.float32)
+        dy = _load(p_dy + k * dy_l, here).to(tl.float32)
+        raw = _load(p_dt + k * dt_l, here).to(tl.float32) + bias
+        dt = _step_size_16(raw, low, high, SOFTPLUS, LIMITED)
+        if z_ptr is not None:
+            z = _load(p_z + k * z_l, here).to(tl.float32)
+            dy = dy * z * _sigmoid(z)
+        B, C = _load(p_B + k * B_l, row).to(tl.float32), _load(p_C + k * C_l, row).to(tl.float32)
+        even = _load(p_even + k * (e // 2), pair).to(tl.float32, bitcast=True)
+        odd = _load(p_odd + k * (e // 2), pair).to(tl.float32, bitcast=True)
+        u = dt * x
+        g = carry + dy[:, None] * C[None, :]
+        v = g * B[None, :]
+        du = tl.sum(v, 1)
+        Aw += tl.reshape(tl.join(even, odd), [u.shape[0]]) - u * tl.sum(v * A, 1)
+        dA -= (cum * u)[:, None] * v
+        ps = (_pairs(u[:, None] * g),) + ps  # noqa: RUF005 (Triton knows no starred tuples)
+        carry = g * tl.exp2(dt[:, None] * A)
+        if resets_ptr is not None:
+            cut = tl.load(resets_ptr + t0 + k) != 0
+            carry = tl.where(cut, 0.0, carry)
+            Aw = tl.where(cut, 0.0, Aw)
+        cum -= dt
+        dx = dt * du
+        if SKIP:
+            dx += D * dy
+            dD += dy * x
+        ddt = x * du + Aw * (1.0 / LOG2E)
+        if LIMITED:
+            free = _step_size_16(raw, low, high, SOFTPLUS, False)
+            ddt = tl.where((free >= low) & (free <= high), ddt, 0.0)
+        if SOFTPLUS:
+            ddt *= _sigmoid(raw)
+        dbias += ddt
+        tl.store(p_dx + k * e, dx.to(dx_ptr.dtype.element_ty), here)
+        tl.store(p_ddt + k * e, ddt.to(ddt_ptr.dtype.element_ty), here)
+    return carry, dA, cum, Aw, dD, dbias, _joined(ps, T, x_ptr.dtype.element_ty == tl.float16)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "b", "l", "one", "segments", "per_segment", "chunks", "dy_b", "x_b", "dt_b", "z_b", "B_b", "C_b"
+    ]
+)  # fmt: skip
+def _walk_back_gradients(
+    dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, resets_ptr, starts_ptr,
+    even_ptr, odd_ptr, dA_ptr, cum_ptr, final_ptr, carries_ptr, dx_ptr, ddt_ptr, dB_ptr, dD_ptr, dbias_ptr,
+    dinitial_ptr,
+    b, l, one, segments, per_segment, chunks, low, high, dy_b, x_b, dt_b, z_b, B_b, C_b,
+    e: tl.constexpr, n: tl.constexpr, dy_l: tl.constexpr, x_l: tl.constexpr, dt_l: tl.constexpr, z_l: tl.constexpr,
+    B_l: tl.constexpr, B_g: tl.constexpr, C_l: tl.constexpr, C_g: tl.constexpr, GROUPS: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, T: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
+):  # fmt: skip
+    """Walks a segment back for all other gradients, with what `_walk_gradients` left.
+
+    Aw is sum_n A w, as a running sum that begins anew wherever a state is stored. A segment's dA goes where its
+    incoming adjoint was.
+    """
+    PER: tl.constexpr = e // GROUPS
+    BLOCKS: tl.constexpr = (PER + E - 1) // E
+    pid = tl.program_id(0)
+    segment = (pid // (GROUPS * BLOCKS)) % segments
+    i_b = (pid // (GROUPS * BLOCKS) // segments).to(tl.int64)
+    group = pid % (GROUPS * BLOCKS) // BLOCKS
+    block = pid % BLOCKS
+    o_e, m_e, o_n, e_h, n_h, m_h, A, bias = _place(A_ptr, bias_ptr, one, group, block, e, n, GROUPS, N, E)
+    here, row = None if PER % E == 0 else m_e, None if n == N else o_n < n
+    o_pair = block * (E // 2) + tl.arange(0, E // 2) * one
+    pair = None if PER % E == 0 else o_pair < PER // 2
+    o_pair += group * (PER // 2)
+    first = segment.to(tl.int64) * per_segment * STEPS
+    dy_ptr += (i_b * dy_b + first) * dy_l
+    x_ptr += (i_b * x_b + first) * x_l
+    dt_ptr += (i_b * dt_b + first) * dt_l
+    B_ptr += (i_b * B_b + first) * B_l + group * B_g
+    C_ptr += (i_b * C_b + first) * C_l + group * C_g
+    starts_ptr += (i_b * chunks + segment * per_segment) * n * e
+    cum_ptr += (i_b * chunks + segment * per_segment) * e
+    even_ptr += (i_b * l + first) * (e // 2)
+    odd_ptr += (i_b * l + first) * (e // 2)
+    dx_ptr += (i_b * l + first) * e
+    ddt_ptr += (i_b * l + first) * e
+    if z_ptr is not None:
+        z_ptr += (i_b * z_b + first) * z_l
+    if resets_ptr is not None:
+        resets_ptr += i_b * l + first
+    D = tl.zeros([E], tl.float32)
+    if D_ptr is not None:
+        D = tl.load(D_ptr + o_e, m_e, 0.0).to(tl.float32)
+    dB_ptr += ((block * b + i_b) * l + first) * (GROUPS * n) + group * n
+    steps = tl.minimum(per_segment * STEPS, l - first).to(tl.int32)
+    whole = steps // T * T
+    p_state = (i_b * segments + segment) * n * e + n_h * e + e_h
+    carry = tl.load(carries_ptr + p_state, m_h, 0.0)
+    dA = tl.load(dA_ptr + p_state, m_h, 0.0)
+    dD, dbias = tl.zeros([E], tl.float32), tl.zeros([E], tl.float32)
+    p_B, p_C = B_ptr + (whole - T) * B_l + o_n, C_ptr + (whole - T) * C_l + o_n
+    p = tl.zeros([E // 2, N * T], tl.float32)
+    rounds = tl.cdiv(steps, STEPS)
+    for i in range(rounds):
+        chunk = (rounds - 1 - i) * STEPS
+        end = tl.minimum(chunk + STEPS, steps)
+        # w after the last step, from the adjoint that comes in and the state that goes out there
+        cum = tl.load(cum_ptr + chunk // STEPS * e + o_e, m_e, 0.0)
+        if (end == steps) & (segment == segments - 1):
+            w = tl.load(final_ptr + i_b * n * e + n_h * e + e_h, m_h, 0.0) * carry
+        else:
+            w = tl.load(starts_ptr + (chunk // STEPS + 1) * n * e + n_h * e + e_h, m_h, 0.0) * carry
+        Aw = tl.sum(w * A, 1)
+        dA += cum[:, None] * w
+        for back in tl.range(0, end % T, num_stages=1):
+            t = end - 1 - back
+            carry, dA, cum, Aw, dD, dbias, p_1 = _back_gradients(
+                carry, dA, cum, Aw, dD, dbias, t, dy_ptr, x_ptr, dt_ptr, z_ptr, B_ptr + t * B_l + o_n,
+                C_ptr + t * C_l + o_n, resets_ptr, even_ptr, odd_ptr, dx_ptr, ddt_ptr,
+                A, D, bias, o_e, here, o_pair, pair, row, low, high, dy_l, x_l, dt_l, z_l, B_l, C_l, e, 1,
+                D_ptr is not None, SOFTPLUS, LIMITED,
+            )  # fmt: skip
+            _store_sums(p_1, dB_ptr + t * (GROUPS * n), GROUPS * n, n, N, 1)
+        for back in tl.range(T, end // T * T - chunk + T, T, num_stages=STAGES):
+            t = end // T * T - back
+            _store_sums(p, dB_ptr + tl.minimum(t + T, whole - T) * (GROUPS * n), GROUPS * n, n, N, T)
+            carry, dA, cum, Aw, dD, dbias, p = _back_gradients(
+                carry, dA, cum, Aw, dD, dbias, t, dy_ptr, x_ptr, dt_ptr, z_ptr, p_B, p_C, resets_ptr,
+                even_ptr, odd_ptr, dx_ptr, ddt_ptr, A, D, bias, o_e, here, o_pair, pair, row, low, high,
+                dy_l, x_l, dt_l, z_l, B_l, C_l, e, T, D_ptr is not None, SOFTPLUS, LIMITED,
+            )  # fmt: skip
+            p_B -= T * B_l
+            p_C -= T * C_l
+    if whole > 0:
+        _store_sums(p, dB_ptr, GROUPS * n, n, N, T)
+    tl.store(carries_ptr + p_state, dA, m_h)
+    if segment == 0:
+        tl.store(dinitial_ptr + (i_b * e + e_h) * n + n_h, carry, m_h)
+    o_sums = (i_b * segments + segment) * e + o_e
+    if D_ptr is not None:
+        tl.store(dD_ptr + o_sums, dD, m_e)
+    if bias_ptr is not None:
+        tl.store(dbias_ptr + o_sums, dbias, m_e)
+
+
+# Gradients for float32, and for many n.
 
 
 @triton.jit
@@ -507,17 +926,31 @@ def _processors(device: torch.device) -> int:
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
-    """The tensor, with its last dimension contiguous as the kernels ask."""
-    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    """The tensor (b, l, ...) as the kernels ask: last dimension contiguous, batch entries whole rows apart."""
+    if t is None:
+        return None
+    whole = t.shape[0] == 1 or (t.stride(1) > 0 and t.stride(0) % t.stride(1) == 0)
+    return t if whole and (t.stride(-1) == 1 or t.shape[-1] == 1) else t.contiguous()
 
 
-def _per_segment(l: int, runs: int, most: int) -> int:
-    """Chunks per segment: a power of two up to `most` that leaves some 8192 runs of 32 channels."""
-    chunks = triton.cdiv(l, STEPS)
-    size = 1
-    while size < most and chunks * runs >= 2 * 8192 * size:
-        size *= 2
-    return size
+def _strides(**tensors: Tensor | None) -> tuple[list[int], dict[str, int]]:
+    """Rows from one batch entry to the next; strides of rows, and of groups where there are any."""
+    batch, rows = [], {}
+    for name, t in tensors.items():
+        batch.append(0 if t is None or t.shape[0] == 1 else t.stride(0) // t.stride(1))
+        rows[f"{name}_l"] = 0 if t is None else t.stride(1)
+        if t is not None and t.dim() == 4:
+            rows[f"{name}_g"] = t.stride(2)
+    return batch, rows
+
+
+def _per_segment(pieces: int, longest: int, warps: int, registers: int, device: torch.device) -> int:
+    """Chunks per segment, at most `longest`, such that all programs together take whole rounds of the processors.
+
+    pieces: chunks times the programs that one chunk takes. A processor has 2,048 registers for each of a warp's lanes.
+    """
+    together = _processors(device) * max(1, 2048 // registers // warps)
+    return triton.cdiv(pieces, together * triton.cdiv(pieces, together * longest))
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
@@ -525,16 +958,10 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
     return [t if t.numel() < WIDE else t.float() for t in tensors]
 
 
-def _width(per_group: int, N: int) -> tuple[int, int]:
-    """Channels and warps of a program of a walk: 64 channels a warp, or 64 in all where a thread cannot hold all n."""
-    if N > 16:
-        return 64, N // 16
-    warps = min(WARPS, triton.next_power_of_2(triton.cdiv(per_group, 64)))
-    return 64 * warps, warps
-
-
-def _strides(t: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if t is None else t.stride()[:2]
+def _width(per_group: int, N: int) -> tuple[int, int, int]:
+    """Channels, warps and registers of a walk: 64 channels a warp, or 64 in all where a thread cannot hold all n."""
+    warps = min(WARPS, triton.next_power_of_2(triton.cdiv(per_group, 64))) if N <= 16 else N // 16
+    return 64 * warps if N <= 16 else 64, warps, min(REGISTERS, 2048 // warps // 8 * 8)
 
 
 def _broken(resets: Tensor | None, segments: int, steps: int) -> Tensor | None:
@@ -561,31 +988,31 @@ def forward(
     """y (b, l, e), the final state (b, e, n) and the states before every STEPS-th step (b, c, n, e)."""
     (b, l, e), n, groups = x.shape, A.shape[1], B.shape[2]
     x, dt, B, C, z, A = _rows(x), _rows(dt), _rows(B), _rows(C), _rows(z), A.contiguous()
+    A_t = A.t().contiguous()
     B, C = _wide(B, C)
     D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (D, dt_bias, initial_state))
     resets = None if resets is None else resets.contiguous().view(torch.uint8)
     N = max(triton.next_power_of_2(n), 4)
-    per_group = e // groups
-    E, warps = _width(per_group, N)
-    blocks = triton.cdiv(per_group, E)
-    per_segment = _per_segment(l, b * groups * triton.cdiv(per_group, 32), LONGEST)
+    E, warps, registers = _width(e // groups, N)
+    programs = groups * triton.cdiv(e // groups, E)  # of one segment
     chunks = triton.cdiv(l, STEPS)
+    per_segment = _per_segment(b * chunks * programs, LONGEST, warps, registers, x.device)
     segments = triton.cdiv(chunks, per_segment)
     y = torch.empty(b, l, e, dtype=x.dtype, device=x.device)
     final = torch.empty(b, e, n, dtype=torch.float32, device=x.device)
     starts = torch.empty(b, chunks, n, e, dtype=torch.float32, device=x.device)
     total = torch.empty(b, segments, e, dtype=torch.float32, device=x.device)
+    batch, rows = _strides(x=x, dt=dt, z=z, B=B, C=C)
     limited = not (softplus and (low, high) == (0.0, math.inf))
     with torch.cuda.device_of(x):
         for output in (False, True):
             if segments == 1 and not output:
                 continue
-            _walk[(b * (segments if output else segments - 1) * groups * blocks,)](
-                x, dt, A, B, C, D, z, dt_bias, initial_state, resets, starts, total, y, final,
-                l, e, n, 1, per_group, blocks, groups * blocks, segments, per_segment, chunks, low, high,
-                *_strides(x), *_strides(dt), *_strides(z), *B.stride()[:3], *C.stride()[:3],
-                N=N, E=E, STEPS=STEPS, STAGES=STAGES, OUTPUT=output, SOFTPLUS=softplus, LIMITED=limited,
-                EVEN_N=n == N, EVEN_E=per_group % E == 0, num_warps=warps, maxnreg=REGISTERS,
+            _walk[(b * (segments if output else segments - 1) * programs,)](
+                x, dt, A_t, B, C, D, z, dt_bias, initial_state, resets, starts, total, y, final,
+                l, 1, segments, per_segment, chunks, low, high, *batch, e=e, n=n, **rows, GROUPS=groups,
+                N=N, E=E, T=UNROLL, STEPS=STEPS, STAGES=STAGES, OUTPUT=output, SOFTPLUS=softplus, LIMITED=limited,
+                num_warps=warps, maxnreg=registers,
             )  # fmt: skip
             if not output:
                 broken = _broken(resets, segments, per_segment * STEPS)
@@ -601,64 +1028,102 @@ def backward(
     """Gradients of x, dt, A, B, C, of D, z, dt_bias where given, and of the initial state."""
     (b, l, e), n, groups = x.shape, A.shape[1], B.shape[2]
     x, dt, z, dy, A = _rows(x), _rows(dt), _rows(z), _rows(dy), A.contiguous()
+    A_t = A.t().contiguous()
     dtypes, (B, C) = (B.dtype, C.dtype), _wide(_rows(B), _rows(C))
     D, dt_bias, dfinal = (None if t is None else t.contiguous() for t in (D, dt_bias, dfinal))
     resets = None if resets is None else resets.contiguous().view(torch.uint8)
     N = max(triton.next_power_of_2(n), 4)
-    per_group = e // groups
-    E, warps = _width(per_group, N)
-    blocks = triton.cdiv(per_group, E)
-    per_segment = _per_segment(l, b * groups * triton.cdiv(per_group, 32), LONGEST_BACK)
+    E, warps, registers = _width(e // groups, N)
+    programs = groups * triton.cdiv(e // groups, E)
     chunks = triton.cdiv(l, STEPS)
+    narrow = x.element_size() == dt.element_size() == 2 and N <= 16 and e // groups % 2 == 0
+    longest, most = (LONGEST, MOST_REGISTERS) if narrow else (LONGEST_EXACT, registers)
+    per_segment = _per_segment(b * chunks * programs, longest, warps, most, x.device)
     segments = triton.cdiv(chunks, per_segment)
 
     def new(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     total, carries, dinitial = new(b, segments, e), new(b, segments, n, e), new(b, e, n)
+    dx, ddt = new(b, l, e, dtype=x.dtype), new(b, l, e, dtype=dt.dtype)
+    dz = None if z is None else new(b, l, e, dtype=z.dtype)
+    dD, dbias = (None if t is None else new(b * segments, e) for t in (D, dt_bias))
     limited = not (softplus and (low, high) == (0.0, math.inf))
-    options = {"SOFTPLUS": softplus, "LIMITED": limited}
+    options = {"STEPS": STEPS, "SOFTPLUS": softplus, "LIMITED": limited}
+    walk = {"e": e, "n": n, "GROUPS": groups, "N": N, "E": E, "T": UNROLL, "STAGES": STAGES, "num_warps": warps}
     with torch.cuda.device_of(x):
         if segments > 1:
-            _walk_back[(b * (segments - 1) * groups * blocks,)](
-                dy, dt, A, C, z, dt_bias, resets, carries, total,
-                l, e, n, 1, per_group, blocks, groups * blocks, segments, per_segment, low, high,
-                *_strides(dy), *_strides(dt), *_strides(z), *C.stride()[:3],
-                N=N, E=E, STEPS=STEPS, STAGES=STAGES, EVEN_N=n == N, EVEN_E=per_group % E == 0, **options,
-                num_warps=warps, maxnreg=REGISTERS,
+            batch, rows = _strides(dy=dy, dt=dt, z=z, C=C)
+            _walk_back[(b * (segments - 1) * programs,)](
+                dy, dt, A_t, C, z, dt_bias, resets, carries, total, l, 1, segments, per_segment, low, high, *batch,
+                **rows, **walk, **options, maxnreg=registers,
             )  # fmt: skip
         _run_chain(carries, total, A, dfinal, _broken(resets, segments, per_segment * STEPS), segments, 1, True)
-
-        NL, EL = 4, 8
-        NH = N // NL
-        EH = max(1, TILE // NH)
-        piece = min(PIECE, STEPS)
-        W = min(max(1, GRADIENT_WARPS * 16 // max(16, NH)), triton.next_power_of_2(triton.cdiv(per_group, EH * EL)))
-        warps = W * max(1, NH // 16)
-        blocks = triton.cdiv(per_group, W * EH * EL)
-        programs = _processors(x.device) * max(1, RESIDENT // warps)
-        parts = 1  # of a group's channels, each with its own dB and dC, until there is enough to do
-        while parts < blocks and b * segments * groups * parts < programs:
-            parts *= 2
-        blocks_per_part = triton.cdiv(blocks, parts)
-        parts = triton.cdiv(blocks, blocks_per_part)
-        tasks = b * segments * groups * parts
-        programs = min(tasks, programs)
-        scratch = new(programs, W * (piece // TURN * N * EH * EL + 4 * piece * EH * EL + 2 * piece * N))
-        dx, ddt = new(b, l, e, dtype=x.dtype), new(b, l, e, dtype=dt.dtype)
-        dz = None if z is None else new(b, l, e, dtype=z.dtype)
-        sums = dtypes if blocks == 1 else (torch.float32, torch.float32)
-        dB, dC = new(parts, *B.shape, dtype=sums[0]), new(parts, *C.shape, dtype=sums[1])
-        dD, dbias = (None if t is None else new(b * segments, e) for t in (D, dt_bias))
-        _gradients[(programs,)](
-            dy, x, dt, A, B, C, D, z, dt_bias, resets, starts, carries, scratch, dx, ddt, dz, dB, dC, dD, dbias,
-            dinitial, b, l, e, n, 1, per_group, blocks, groups, segments, per_segment, chunks, tasks, groups * parts,
-            blocks_per_part, low, high,
-            *_strides(dy), *_strides(x), *_strides(dt), *_strides(z), *B.stride()[:3], *C.stride()[:3],
-            NH=NH, NL=NL, EH=EH, EL=EL, W=W, T=TURN, R=min(ROWS, piece), PIECE=piece, STEPS=STEPS, **options,
-            num_warps=warps,
-        )  # fmt: skip
-        dB, dC = ((t.sum(0) if parts > 1 else t[0]).to(dtype) for t, dtype in zip((dB, dC), dtypes, strict=True))
+        if narrow:
+            parts = triton.cdiv(e // groups, E)  # of a group's channels, each with its own sums for dB and dC
+            even, odd = ddt.view(torch.int32), dx.view(torch.int32)
+            dA, cum, final = new(b, segments, n, e), new(b, chunks, e), new(b, n, e)
+            batch, rows = _strides(dy=dy, x=x, dt=dt, z=z, B=B, C=C)
+            numbers = (b, l, 1, segments, per_segment, chunks, low, high, *batch)
+            given = (dy, x, dt, A_t, B, C, D, z, dt_bias, resets, starts, even, odd)
+            walk |= rows | options | {"maxnreg": MOST_REGISTERS}
+            grid = (b * segments * programs,)
+            sums = new(parts, *C.shape, dtype=torch.float32 if parts > 1 else dtypes[1])
+            _walk_gradients[grid](*given, dz, sums, dA, cum, final, *numbers, **walk)
+            dC = _added(sums, dtypes[1])
+            sums = new(parts, *B.shape, dtype=torch.float32 if parts > 1 else dtypes[0])
+            _walk_back_gradients[grid](
+                *given, dA, cum, final, carries, dx, ddt, sums, dD, dbias, dinitial, *numbers, **walk
+            )  # fmt: skip
+            dB = _added(sums, dtypes[0])
+        else:
+            dB, dC = _exact_gradients(
+                dy, x, dt, A, B, C, D, z, dt_bias, resets, starts, carries, dx, ddt, dz, dtypes, dD, dbias, dinitial,
+                segments, per_segment, low, high, options,
+            )  # fmt: skip
         dA = carries.view(b * segments, n * e).sum(0).view(n, e).t().to(A.dtype)
         dD, dbias = (None if t is None else t.sum(0).to(s.dtype) for t, s in ((dD, D), (dbias, dt_bias)))
     return [d for d in (dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial) if d is not None]
+
+
+def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    return (parts.sum(0) if parts.shape[0] > 1 else parts[0]).to(dtype)
+
+
+def _exact_gradients(
+    dy, x, dt, A, B, C, D, z, dt_bias, resets, starts, carries, dx, ddt, dz, dtypes, dD, dbias, dinitial,
+    segments, per_segment, low, high, options,
+):  # fmt: skip
+    """Runs `_gradients`: dB and dC."""
+    (b, l, e), n, groups = x.shape, A.shape[1], B.shape[2]
+    chunks, per_group = triton.cdiv(l, STEPS), e // groups
+    NL, EL = 4, 8
+    NH = max(triton.next_power_of_2(n), 4) // NL
+    EH = max(1, TILE // NH)
+    piece = min(PIECE, STEPS)
+    W = min(max(1, GRADIENT_WARPS * 16 // max(16, NH)), triton.next_power_of_2(triton.cdiv(per_group, EH * EL)))
+    warps = W * max(1, NH // 16)
+    blocks = triton.cdiv(per_group, W * EH * EL)
+    programs = _processors(x.device) * max(1, RESIDENT // warps)
+    parts = 1  # of a group's channels, each with its own dB and dC, until there is enough to do
+    while parts < blocks and b * segments * groups * parts < programs:
+        parts *= 2
+    blocks_per_part = triton.cdiv(blocks, parts)
+    parts = triton.cdiv(blocks, blocks_per_part)
+    tasks = b * segments * groups * parts
+    programs = min(tasks, programs)
+
+    def new(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    scratch = new(programs, W * (piece // TURN * NH * NL * EH * EL + 4 * piece * EH * EL + 2 * piece * NH * NL))
+    sums = dtypes if blocks == 1 else (torch.float32, torch.float32)
+    dB, dC = new(parts, *B.shape, dtype=sums[0]), new(parts, *C.shape, dtype=sums[1])
+    strides = [s for t in (dy, x, dt, z) for s in ((0, 0) if t is None else t.stride()[:2])]
+    _gradients[(programs,)](
+        dy, x, dt, A, B, C, D, z, dt_bias, resets, starts, carries, scratch, dx, ddt, dz, dB, dC, dD, dbias, dinitial,
+        b, l, e, n, 1, per_group, blocks, groups, segments, per_segment, chunks, tasks, groups * parts,
+        blocks_per_part, low, high, *strides, *B.stride()[:3], *C.stride()[:3],
+        NH=NH, NL=NL, EH=EH, EL=EL, W=W, T=TURN, R=min(ROWS, piece), PIECE=piece, **options, num_warps=warps,
+    )  # fmt: skip
+    return _added(dB, dtypes[0]), _added(dC, dtypes[1])

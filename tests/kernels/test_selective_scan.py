@@ -14,6 +14,7 @@ from seqmodels.kernels import selective_scan as module
 from seqmodels.kernels.selective_scan import selective_scan, selective_scan_reference, selective_scan_step
 
 OVER_TIME = ("x", "dt", "B", "C", "z")
+F16, F32 = torch.float16, torch.float32
 
 
 def make(b=2, l=37, e=6, n=5, g=2, seed=0, dtype=torch.float64):
@@ -194,27 +195,32 @@ def test_narrow_inputs_cost_no_more_than_their_own_rounding(dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "given", "packed", "options"),
+    ("dtype", "shape", "given", "packed", "options"),
     [
-        ({"l": 21, "e": 8, "n": 5, "g": 2}, ("D", "z", "dt_bias", "initial_state"), True, (True, 0.0, math.inf)),
-        ({"l": 9, "e": 4, "n": 4, "g": 1, "b": 1}, ("z",), False, (True, 0.1, 1.0)),
-        ({"l": 16, "e": 36, "n": 3, "g": 1, "b": 1}, ("D", "initial_state"), False, (False, 0.0, math.inf)),
-        ({"l": 3, "e": 4, "n": 5, "g": 1, "b": 1}, (), False, (True, 0.0, math.inf)),
+        (F32, {"l": 21, "e": 8, "n": 5, "g": 2}, ("D", "z", "dt_bias", "initial_state"), True, (True, 0.0, math.inf)),
+        (F32, {"l": 9, "e": 4, "n": 4, "g": 1, "b": 1}, ("z",), False, (True, 0.1, 1.0)),
+        (F32, {"l": 10, "e": 36, "n": 3, "g": 1, "b": 1}, ("D", "initial_state"), False, (False, 0.0, math.inf)),
+        (F32, {"l": 3, "e": 4, "n": 5, "g": 1, "b": 1}, (), False, (True, 0.0, math.inf)),
+        (F16, {"l": 27, "e": 8, "n": 5, "g": 2}, ("D", "z", "dt_bias", "initial_state"), True, (True, 0.0, math.inf)),
+        (F16, {"l": 10, "e": 36, "n": 3, "g": 1, "b": 1}, ("z",), False, (True, 0.1, 1.0)),
+        (F16, {"l": 3, "e": 4, "n": 5, "g": 1, "b": 1}, (), False, (True, 0.0, math.inf)),
+        (F16, {"l": 9, "e": 4, "n": 5, "g": 4, "b": 1}, ("D",), False, (True, 0.0, math.inf)),
     ],
 )
-def test_the_triton_form_agrees_with_float64(monkeypatch, shape, given, packed, options):
+def test_the_triton_form_agrees_with_float64(monkeypatch, dtype, shape, given, packed, options):
     """Error <= 2 x (float32 recurrence's error + one rounding), outputs and gradients; in Triton's interpreter."""
     triton = importlib.import_module("seqmodels.kernels.selective_scan_triton")
     monkeypatch.setattr(triton, "STEPS", 8)  # several segments after few steps
     monkeypatch.setattr(triton, "PIECE", 4)
-    arguments = {k: v.detach() for k, v in make(**shape, dtype=torch.float32).items()}
+    monkeypatch.setattr(triton, "_processors", lambda device: 1)  # and several stored states in a segment
+    arguments = {k: v.detach() for k, v in make(**shape, dtype=dtype).items()}
     for name in ("D", "z", "dt_bias", "initial_state"):
         if name not in given:
             arguments[name] = None
     arguments["z"] = None if arguments["z"] is None else torch.cat([arguments["z"]] * 2, -1)[..., : shape["e"]]
     seq_idx = torch.arange(shape["l"]).mul(5).div(shape["l"]).int().expand(arguments["x"].shape[:2]) if packed else None
     resets = None if seq_idx is None else module.starts_of_sequences(seq_idx)
-    dy = torch.randn(arguments["x"].shape, generator=torch.Generator().manual_seed(1))
+    dy = torch.randn(arguments["x"].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
     def expected(dtype):
         leaves = {k: v.to(dtype).requires_grad_() for k, v in arguments.items() if v is not None}
@@ -232,7 +238,7 @@ def test_the_triton_form_agrees_with_float64(monkeypatch, shape, given, packed, 
     want = expected(torch.float64)
     for got, exact, same in zip([y, state, *gradients], want, expected(torch.float32), strict=True):
         error, budget = ((t.double() - exact).norm() / exact.norm() for t in (got, same))
-        assert error <= 2 * (budget + torch.finfo(torch.float32).eps)
+        assert error <= 2 * (budget + torch.finfo(dtype).eps)
 
 
 def test_the_compiled_exponential_is_accurate_and_keeps_nan():
