@@ -47,6 +47,10 @@ class Model(nn.Module):
         """Where the weights are."""
         return self.backbone.embedding.weight.device
 
+    def terms(self, batch: dict[str, Tensor]) -> Tensor:
+        """Over how many terms the loss of a batch is a mean: its weight beside other batches."""
+        return (batch["targets"] != IGNORED).sum()
+
 
 class LanguageModel(Model):
     """Next-token or masked-token logits at every position."""
@@ -167,19 +171,28 @@ class SequenceClassifier(Model):
         x, _ = self.backbone(batch["ids"], None, lengths, None, batch.get("conditions"))
         logits = self._score(*self._summarise(x, lengths)).float()
         loss = F.cross_entropy(logits, targets)
-        every = self.config.head.supervise_every
-        summed = self.config.head.pool in ("mean", "sqrt")
-        prefixes = x.shape[1] // every if every and self.training and summed else 0
-        if prefixes:
+        read = self._supervised(batch)
+        if prefixes := read.shape[1]:
+            every = self.config.head.supervise_every
             sums = x[:, : prefixes * every].unflatten(1, (prefixes, every)).sum(2, dtype=torch.float32).cumsum(1)
             ends = every * torch.arange(1, prefixes + 1, device=x.device)
-            read = self._score(sums.flatten(0, 1), ends.repeat(len(x))).float()
-            whole = ends.expand(len(x), -1) <= (x.shape[1] if lengths is None else lengths[:, None])
-            losses = F.cross_entropy(read, targets.repeat_interleave(prefixes), reduction="none")
-            losses = losses.view_as(whole) * whole
-            loss = (loss * len(x) + losses.sum()) / (len(x) + whole.sum())
+            scores = self._score(sums.flatten(0, 1), ends.repeat(len(x))).float()
+            losses = F.cross_entropy(scores, targets.repeat_interleave(prefixes), reduction="none")
+            loss = (loss * len(x) + (losses.view_as(read) * read).sum()) / (len(x) + read.sum())
         accuracy = (logits.detach().argmax(-1) == targets).float().mean()
         return loss, {"accuracy": accuracy, "count": torch.tensor(len(logits), device=logits.device)}
+
+    def terms(self, batch: dict[str, Tensor]) -> Tensor:
+        """Sequences, and the prefixes of them that are supervised too."""
+        return len(batch["ids"]) + self._supervised(batch).sum()
+
+    def _supervised(self, batch: dict[str, Tensor]) -> Tensor:
+        """(b, prefixes) bool: which prefixes of the padded rows are real, and classified too while training."""
+        ids, lengths, every = batch["ids"], batch.get("lengths"), self.config.head.supervise_every
+        summed = self.config.head.pool in ("mean", "sqrt")
+        prefixes = ids.shape[1] // every if every and self.training and summed else 0
+        ends = torch.arange(1, prefixes + 1, device=ids.device) * every
+        return (ends <= (ids.shape[1] if lengths is None else lengths[:, None])).expand(len(ids), -1)
 
 
 class PositionClassifier(Model):

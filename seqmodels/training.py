@@ -2,9 +2,13 @@
 
 A data set is anything with `train_batch(step)`, a pure function of the step, and `validation_batches()`. Together with
 dropout seeded by the step this makes a resumed run repeat the uninterrupted one, also after a kill.
+
+What goes wrong on the way: a loss or gradient that is no number ends the run before it reaches the weights; a batch
+that does not fit into the GPU's memory is read in parts, whose gradients add up to the same step.
 """
 
 import dataclasses
+import gc
 import json
 import logging
 import math
@@ -12,9 +16,10 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -125,8 +130,6 @@ def fit(
             accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[training.device],
             devices=1,
             precision={"32": "32-true", "bf16": "bf16-mixed"}[training.precision],  # pyright: ignore
-            gradient_clip_val=training.gradient_clip or None,
-            accumulate_grad_batches=training.accumulate,
             reload_dataloaders_every_n_epochs=1,  # an epoch is what lies between two validations
             num_sanity_val_steps=0,
             log_every_n_steps=10,
@@ -194,45 +197,117 @@ def schedule(step: int, max_steps: int, warmup: float) -> float:
 
 
 class _Steps(Dataset):
-    """Batches first, first + 1, ... of a data set, as a map-style data set."""
+    """Steps first, first + 1, ... as a map-style data set: of each the batches whose gradients make it."""
 
-    def __init__(self, data: TrainingData, first: int, count: int) -> None:
-        self.data, self.first, self.count = data, first, count
+    def __init__(self, data: TrainingData, first: int, count: int, accumulate: int) -> None:
+        self.data, self.first, self.count, self.accumulate = data, first, count, accumulate
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.data.train_batch(self.first + index)
+    def __getitem__(self, index: int) -> list[Batch]:
+        start = (self.first + index) * self.accumulate
+        return [self.data.train_batch(start + i) for i in range(self.accumulate)]
 
 
 class _Task(pl.LightningModule):
+    """One optimizer step per call of `training_step`, with the gradients of all its batches."""
+
     def __init__(self, model: Model, data: TrainingData, training: TrainingConfig) -> None:
         super().__init__()
+        self.automatic_optimization = False  # so that a step can be tried again in parts
         self.model, self.data, self.training_config = model, data, training
+        self.parts = 1  # into which each batch is cut, since a whole one did not fit into memory
 
     def train_dataloader(self) -> DataLoader:
         training, done = self.training_config, self.trainer.global_step
-        steps = min(training.validate_every, training.max_steps - done)
-        batches = _Steps(self.data, done * training.accumulate, steps * training.accumulate)
+        steps = _Steps(self.data, done, min(training.validate_every, training.max_steps - done), training.accumulate)
         pin = self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(batches, batch_size=None, num_workers=training.num_workers, pin_memory=pin)
+        return DataLoader(steps, batch_size=None, num_workers=training.num_workers, pin_memory=pin)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.data.validation_batches(), batch_size=None)  # pyright: ignore
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # dropout depends on the step alone, so that a resumed run repeats it
-        number = (
-            self.trainer.global_step * self.training_config.accumulate + batch_idx % self.training_config.accumulate
-        )
-        torch.manual_seed(self.training_config.seed * 1_000_003 + number)
+    def training_step(self, batches: list[Batch], batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        values = None
+        while values is None:
+            optimizer.zero_grad()
+            with suppress(torch.OutOfMemoryError):
+                values = self._gradients(batches)
+            if values is None:  # only here the traceback no longer holds the activations
+                optimizer.zero_grad()
+                self._halve(batches)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training_config.gradient_clip or math.inf)
+        if not math.isfinite(values["loss"] + norm):
+            self._stop(float(values["loss"]), float(norm))
+        optimizer.step()
+        self.lr_schedulers().step()  # pyright: ignore
+        self.log_dict({f"train_{name}": value for name, value in values.items()}, batch_size=1)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, metrics = self.model.loss(batch)
-        shown = {f"train_{k}": v for k, v in metrics.items() if k != "count"}
-        self.log_dict({"train_loss": loss.detach(), **shown}, batch_size=1)
-        return loss
+    def _gradients(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """Adds up the gradients of the mean of the batches' losses; that mean, and those of the metrics."""
+        step, values = self.trainer.global_step, dict[str, Tensor]()
+        for i, batch in enumerate(batches):
+            # dropout depends on the batch's number alone, so that a resumed run repeats it
+            torch.manual_seed(self.training_config.seed * 1_000_003 + step * len(batches) + i)
+            parts = _split(batch, self.parts)
+            terms = [self.model.terms(part) for part in parts]
+            for part, own in zip(parts, terms, strict=True):
+                share = own / (sum(terms).clamp(min=1) * len(batches))
+                loss, metrics = self.model.loss(part)
+                with torch.autocast(loss.device.type, enabled=False):
+                    self.manual_backward(loss * share)
+                for name, value in {"loss": loss.detach(), **metrics}.items():
+                    values[name] = values.get(name, 0) + share * value.detach()
+        del values["count"]
+        return values
+
+    def _halve(self, batches: list[Batch]) -> None:
+        """Cuts this and all later batches into twice as many parts, or says that one sequence is too long."""
+        where, widest = f"step {self.trainer.global_step + 1}", max(batches, key=lambda batch: batch["ids"].shape[1])
+        if self.parts >= max(len(batch["ids"]) for batch in batches):
+            length = widest["ids"].shape[1]
+            fits = self._length_that_fits(widest)
+            raise InputError(
+                f"{where}: a sequence of {length} tokens does not fit into memory; by what shorter ones took, "
+                f"{fits} tokens would fit: use shorter sequences, or a smaller model"
+            )
+        self.parts *= 2
+        print(f"{where}: out of memory; each batch is read in {self.parts} parts from now on", file=sys.stderr)
+
+    def _length_that_fits(self, batch: Batch) -> int:
+        """Tokens of the longest sequence for which there is memory, which grows linearly: from two short ones."""
+        length, took = batch["ids"].shape[1] // 8, list[tuple[int, int]]()
+        while len(took) < 2 and length > 1:
+            try:
+                took.append((length, _peak_memory(partial(self._try, _shortened(batch, length)))))
+            except torch.OutOfMemoryError:
+                took.clear()
+            self.zero_grad()
+            length //= 2
+        if len(took) < 2:
+            return 0
+        (long, at_long), (short, at_short) = took
+        per_token = max(1.0, (at_long - at_short) / (long - short))
+        return max(0, int(long + 0.95 * (_available_memory() - at_long) / per_token))  # 5 % are lost in gaps
+
+    def _try(self, batch: Batch) -> None:
+        self.model.loss(batch)[0].backward()
+
+    def _stop(self, loss: float, norm: float) -> None:
+        last = Path(self.trainer.checkpoint_callbacks[-1].dirpath) / "last.ckpt"  # pyright: ignore
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        raise InputError(
+            f"step {self.trainer.global_step + 1}: the loss is {loss:g}, the norm of its gradient {norm:g}; {kept}. "
+            "Lower --training.learning-rate, or look at the data"
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["parts"] = self.parts
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.parts = checkpoint.get("parts", 1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss, metrics = self.model.loss(batch)
@@ -248,6 +323,33 @@ class _Task(pl.LightningModule):
             optimizer, lambda step: schedule(step, training.max_steps, training.warmup)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _split(batch: Batch, parts: int) -> list[Batch]:
+    """A batch cut into at most `parts` parts of nearly as many rows."""
+    pieces = {name: tensor.tensor_split(min(parts, len(tensor))) for name, tensor in batch.items()}
+    return [dict(zip(pieces, part, strict=True)) for part in zip(*pieces.values(), strict=True)]
+
+
+def _shortened(batch: Batch, length: int) -> Batch:
+    """The first row of a batch, cut to its first tokens."""
+    whole = batch["ids"].shape[1:]
+    row = {name: tensor[:1, :length] if tensor.shape[1:] == whole else tensor[:1] for name, tensor in batch.items()}
+    return row | ({"lengths": row["lengths"].clamp(max=length)} if "lengths" in row else {})
+
+
+def _peak_memory(work: Callable[[], None]) -> int:
+    """Bytes that the GPU's memory held at most during `work`."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated()
+
+
+def _available_memory() -> int:
+    """Bytes of the GPU's memory that this process can have."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
 class _AtomicIO(TorchCheckpointIO):

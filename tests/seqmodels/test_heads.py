@@ -60,6 +60,23 @@ def test_supervised_prefixes_average_the_loss_over_every_length_read(pool):
     torch.testing.assert_close(loss.double(), (want[3] + want[6]) / 2, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["labels", "tokens"])
+@torch.no_grad()
+def test_a_batchs_loss_is_the_mean_of_its_parts_weighted_by_their_terms(kind):
+    ids, lengths = torch.randint(0, 11, (5, 30)), torch.tensor([30, 17, 3, 8, 9])
+    if kind == "labels":
+        model, targets = classifier("sqrt", supervise_every=8).train(), torch.tensor([2, 0, 1, 1, 2])
+    else:
+        config = dataclasses.replace(classifier("mean").config, head=HeadConfig(task="next_token"))
+        model = seqmodels.build(config, seed=0)
+        targets = ids.masked_fill(torch.arange(30) >= lengths[:, None], -100)
+    whole = {"ids": ids, "targets": targets, "lengths": lengths}
+    parts = [{name: tensor[rows] for name, tensor in whole.items()} for rows in (slice(0, 2), slice(2, 5))]
+    total = sum(model.terms(part) * model.loss(part)[0] for part in parts)
+    assert model.terms(whole) == sum(map(model.terms, parts))
+    torch.testing.assert_close(total / model.terms(whole), model.loss(whole)[0])
+
+
 @torch.no_grad()
 def test_a_language_models_loss_counts_real_targets_only():
     config = ModelConfig(vocab_size=11, backbone=presets.mamba(16, 1, d_state=4), head=HeadConfig(task="next_token"))

@@ -15,6 +15,7 @@ import seqmodels
 from seqmodels import presets
 from seqmodels.config import HeadConfig, ModelConfig
 from seqmodels.errors import InputError
+from seqmodels.heads import LanguageModel
 from seqmodels.training import TrainingConfig, fit, parameter_groups, schedule
 
 BACKBONE = dataclasses.replace(presets.mamba2(16, 2, head_dim=8, d_state=4), dropout=0.1)
@@ -80,7 +81,7 @@ def test_training_learns_and_leaves_a_checkpoint_a_record_and_logs(tmp_path):
 
 
 def _slow_run(run):
-    fit(CONFIG, Cycles(delay=0.1), TRAINING, run)
+    fit(CONFIG, Cycles(delay=0.1), dataclasses.replace(TRAINING, num_workers=1), run)
 
 
 def test_a_killed_run_resumes_to_the_same_weights_to_the_bit(tmp_path):
@@ -124,3 +125,95 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(tmp_path):
     fit(CONFIG, Cycles(), training, tmp_path / "run")
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 12
+
+
+def faulty(monkeypatch, fault):
+    """Replaces the loss in training by `fault(model, batch, loss)`."""
+    plain = LanguageModel.loss
+
+    def loss(self, batch):
+        value, metrics = plain(self, batch)
+        return fault(self, batch, value) if self.training else value, metrics
+
+    monkeypatch.setattr(LanguageModel, "loss", loss)
+
+
+def weights_of(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, "gradient"])
+def test_a_loss_that_is_no_number_stops_with_the_step_and_the_last_good_checkpoint(tmp_path, monkeypatch, value):
+    fit(CONFIG, Cycles(), TRAINING, tmp_path / "whole")
+    calls = iter(range(10**6))
+
+    def fault(model, batch, loss):
+        if next(calls) != 2 * 5 + 1:  # the second batch of the sixth step
+            return loss
+        return (
+            loss + (0 * loss.detach() * model.lm_head.weight.sum() * 0).sqrt() if value == "gradient" else loss * value
+        )
+
+    with monkeypatch.context() as patch:
+        faulty(patch, fault)
+        with pytest.raises(InputError, match=r"step 6: the loss is .*last good checkpoint is .*last\.ckpt") as error:
+            fit(CONFIG, Cycles(), TRAINING, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    fit(CONFIG, Cycles(), dataclasses.replace(TRAINING, resume=True), tmp_path / "run")
+    torch.testing.assert_close(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+
+
+class Ragged(Cycles):
+    """Rows with fewer and fewer targets, so that parts of a batch weigh differently."""
+
+    def train_batch(self, step):
+        batch = super().train_batch(step)
+        counts = torch.arange(16) < torch.tensor([[16], [11], [6], [1]])
+        return {"ids": batch["ids"], "targets": batch["targets"].where(counts, -100)}
+
+
+def test_a_batch_that_does_not_fit_is_read_in_parts_that_make_the_same_step(tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(CONFIG, backbone=dataclasses.replace(BACKBONE, dropout=0.0))
+    fit(config, Ragged(), TRAINING, tmp_path / "whole")
+    rows = []
+
+    def fault(model, batch, loss):
+        rows.append(len(batch["ids"]))
+        if len(rows) > 3 and rows[-1] > 1:  # memory runs short in the second batch of the second step
+            raise torch.OutOfMemoryError
+        return loss
+
+    capsys.readouterr()
+    faulty(monkeypatch, fault)
+    fit(config, Ragged(), TRAINING, tmp_path / "run")
+    told = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert told == [f"step 2: out of memory; each batch is read in {n} parts from now on" for n in (2, 4)]
+    assert rows == [4, 4, 4, 4, 2] + [1] * (4 * 2 * 11)
+    torch.testing.assert_close(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"), rtol=1e-4, atol=1e-5)
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["parts"] == 4  # to resume with
+
+
+def test_a_single_sequence_that_does_not_fit_is_told_the_length_that_would(tmp_path, monkeypatch):
+    lengths = []
+
+    def fault(model, batch, loss):
+        lengths.append(batch["ids"].shape[1])
+        if lengths[-1] > 100:
+            raise torch.OutOfMemoryError
+        return loss
+
+    class Long(Cycles):
+        def train_batch(self, step):
+            ids = torch.arange(1025) % 5
+            return {"ids": ids[None, :-1], "targets": ids[None, 1:], "lengths": torch.tensor([1024])}
+
+    def took(work):
+        work()
+        return 5000 + 30 * lengths[-1]
+
+    faulty(monkeypatch, fault)
+    monkeypatch.setattr("seqmodels.training._peak_memory", took)
+    monkeypatch.setattr("seqmodels.training._available_memory", lambda: 5000 + 30 * 64 + 30 * 100)
+    with pytest.raises(InputError, match=r"a sequence of 1024 tokens does not fit into memory.* 159 tokens would"):
+        fit(CONFIG, Long(), TRAINING, tmp_path / "run")
+    assert lengths == [1024, 128, 64, 32]
