@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqmodels.kernels.launch import Launch, planned
 from seqmodels.kernels.math_triton import LOG2E, sigmoid, softplus
 
 STEPS = 64  # as in selective_scan.py
@@ -33,7 +34,6 @@ STEPS = 64  # as in selective_scan.py
 WARPS, UNROLL, STAGES = 2, 4, 3  # a walk's warps, steps at once, such blocks of steps under way
 REGISTERS, MOST_REGISTERS = 168, 255  # per thread, of walks and of walks with gradients: 12 and 8 warps a processor
 LONGEST, LONGEST_EXACT = 16, 4  # chunks of STEPS steps per segment, at most
-WIDE = 1 << 19  # from so many elements on, B and C are made float32 once instead of by every program
 GRADIENT_WARPS, TURN, PIECE = 8, 4, 32  # of _gradients
 ROWS = 16  # steps that _gradients takes at once beside its walks
 TILE, RESIDENT = 16, 8  # states per thread, and warps per processor, that 255 registers allow
@@ -44,10 +44,44 @@ def _load(p, mask):
     return tl.load(p) if mask is None else tl.load(p, mask, 0.0)
 
 
+@triton.jit(do_not_specialize=["rows", "l", "B_b", "C_b"])
+def _widen(
+    B_ptr, C_ptr, wide_ptr, rows, l, B_b, C_b,
+    B_l: tl.constexpr, B_g: tl.constexpr, C_l: tl.constexpr, C_g: tl.constexpr, GROUPS: tl.constexpr, n: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """B and then C in float32, (2, b, l, g, n)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    i_b, t, col = row // l, row % l, tl.arange(0, COLS)[None, :]
+    inside = (row < rows) & (col < GROUPS * n)
+    B = tl.load(B_ptr + (i_b * B_b + t) * B_l + col // n * B_g + col % n, inside)
+    C = tl.load(C_ptr + (i_b * C_b + t) * C_l + col // n * C_g + col % n, inside)
+    wide_ptr += row * (GROUPS * n) + col
+    tl.store(wide_ptr, B.to(tl.float32), inside)
+    tl.store(wide_ptr + rows.to(tl.int64) * (GROUPS * n), C.to(tl.float32), inside)
+
+
 @triton.jit
-def _sigmoid(x):
-    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))  # cheaper than a division, with its care for subnormals
+def _sigmoid_16(x):
+    """1 / (1 + exp(-x)) to 3e-7, for inputs of 16 bits: cheaper than a division, with its care for subnormals."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
     return root * root
+
+
+@triton.jit
+def _silu(z, dtype: tl.constexpr):
+    return z * (sigmoid(z) if dtype == tl.float32 else _sigmoid_16(z))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _add(parts_ptr, sum_ptr, rows, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds PARTS arrays of rows of WIDTH numbers."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = rows.to(tl.int64) * WIDTH
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(PARTS):
+        total += tl.load(parts_ptr + i * size + o, o < size, 0.0)
+    tl.store(sum_ptr + o, total.to(sum_ptr.dtype.element_ty), o < size)
 
 
 @triton.jit
@@ -125,7 +159,7 @@ def _forth(
                 y += D * x
             if z_ptr is not None:
                 z = _load(p_z + k * z_l, here).to(tl.float32)
-                y = y * z * _sigmoid(z)
+                y *= _silu(z, z_ptr.dtype.element_ty)
             tl.store(p_y + k * e, y.to(y_ptr.dtype.element_ty), here)
         else:
             total += dt
@@ -269,7 +303,7 @@ def _back(
         dy = _load(p_dy + k * dy_l, here).to(tl.float32)
         if z_ptr is not None:
             z = _load(p_z + k * z_l, here).to(tl.float32)
-            dy = dy * z * _sigmoid(z)
+            dy *= _silu(z, z_ptr.dtype.element_ty)
         dt = _step_size(_load(p_dt + k * dt_l, here).to(tl.float32) + bias, low, high, SOFTPLUS, LIMITED)
         C = _load(p_C + k * C_l, row).to(tl.float32)
         total += dt
@@ -390,7 +424,7 @@ def _forth_gradients(
             if SKIP:
                 y += D * x
             z = _load(p_z + k * z_l, here).to(tl.float32)
-            gate = _sigmoid(z)
+            gate = _sigmoid_16(z)
             dy *= gate
             dz = dy * y * (1.0 + z * (1.0 - gate))
             tl.store(p_dz + k * e, dz.to(dz_ptr.dtype.element_ty), here)
@@ -511,7 +545,7 @@ def _back_gradients(
         dt = _step_size_16(raw, low, high, SOFTPLUS, LIMITED)
         if z_ptr is not None:
             z = _load(p_z + k * z_l, here).to(tl.float32)
-            dy = dy * z * _sigmoid(z)
+            dy *= _silu(z, z_ptr.dtype.element_ty)
         B, C = _load(p_B + k * B_l, row).to(tl.float32), _load(p_C + k * C_l, row).to(tl.float32)
         even = _load(p_even + k * (e // 2), pair).to(tl.float32, bitcast=True)
         odd = _load(p_odd + k * (e // 2), pair).to(tl.float32, bitcast=True)
@@ -537,7 +571,7 @@ def _back_gradients(
             free = _step_size_16(raw, low, high, SOFTPLUS, False)
             ddt = tl.where((free >= low) & (free <= high), ddt, 0.0)
         if SOFTPLUS:
-            ddt *= _sigmoid(raw)
+            ddt *= _sigmoid_16(raw)
         dbias += ddt
         tl.store(p_dx + k * e, dx.to(dx_ptr.dtype.element_ty), here)
         tl.store(p_ddt + k * e, ddt.to(ddt_ptr.dtype.element_ty), here)
@@ -925,6 +959,17 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@planned
+def _launch(kernel, grid, numbers, options, *_) -> Launch:
+    return Launch(kernel, grid, *numbers, **dict(options))
+
+
+def _run(kernel, programs: int, tensors: tuple[Tensor | None, ...], *numbers, **options) -> None:
+    """kernel[programs](*tensors, *numbers, **options)."""
+    kinds = [t if t is None else t.dtype for t in tensors]
+    _launch(kernel, (programs,), numbers, tuple(options.items()), tensors[0].device, *kinds)(*tensors)
+
+
 def _rows(t: Tensor | None) -> Tensor | None:
     """The tensor (b, l, ...) as the kernels ask: last dimension contiguous, batch entries whole rows apart."""
     if t is None:
@@ -953,9 +998,20 @@ def _per_segment(pieces: int, longest: int, warps: int, registers: int, device: 
     return triton.cdiv(pieces, together * triton.cdiv(pieces, together * longest))
 
 
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    """B and C in float32, unless that costs more than it saves: every channel block would convert them again."""
-    return [t if t.numel() < WIDE else t.float() for t in tensors]
+def _wide(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """B and C in float32: 4 bytes are the least that can be fetched ahead, and programs need not convert them."""
+    B, C = _rows(B), _rows(C)
+    if B.dtype == C.dtype == torch.float32:
+        return B, C
+    (b, l, groups, n), wide = B.shape, torch.empty(2, *B.shape, dtype=torch.float32, device=B.device)
+    batch, strides = _strides(B=B, C=C)
+    cols = triton.next_power_of_2(groups * n)
+    rows = max(1, 4096 // cols)
+    _run(
+        _widen, triton.cdiv(b * l, rows), (B, C, wide), b * l, l, *batch, **strides, GROUPS=groups, n=n, ROWS=rows,
+        COLS=cols, num_warps=4,
+    )  # fmt: skip
+    return wide[0], wide[1]
 
 
 def _width(per_group: int, N: int) -> tuple[int, int, int]:
@@ -975,9 +1031,9 @@ def _broken(resets: Tensor | None, segments: int, steps: int) -> Tensor | None:
 def _run_chain(values, total, A, initial, broken, segments, row, reverse):
     b, (e, n) = values.shape[0], A.shape
     column_blocks = triton.cdiv(n * e, 8)
-    _chain[(b * column_blocks,)](
-        values, total, A, initial, broken, e, n, segments, row, column_blocks, values.stride(0),
-        REVERSE=reverse, ROWS=128, COLS=8, num_warps=4,
+    _run(
+        _chain, b * column_blocks, (values, total, A, initial, broken),
+        e, n, segments, row, column_blocks, values.stride(0), REVERSE=reverse, ROWS=128, COLS=8, num_warps=4,
     )  # fmt: skip
 
 
@@ -987,9 +1043,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (b, l, e), the final state (b, e, n) and the states before every STEPS-th step (b, c, n, e)."""
     (b, l, e), n, groups = x.shape, A.shape[1], B.shape[2]
-    x, dt, B, C, z, A = _rows(x), _rows(dt), _rows(B), _rows(C), _rows(z), A.contiguous()
-    A_t = A.t().contiguous()
-    B, C = _wide(B, C)
+    x, dt, z, A, A_t = _rows(x), _rows(dt), _rows(z), A.contiguous(), A.t().contiguous()
     D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (D, dt_bias, initial_state))
     resets = None if resets is None else resets.contiguous().view(torch.uint8)
     N = max(triton.next_power_of_2(n), 4)
@@ -1002,21 +1056,22 @@ def forward(
     final = torch.empty(b, e, n, dtype=torch.float32, device=x.device)
     starts = torch.empty(b, chunks, n, e, dtype=torch.float32, device=x.device)
     total = torch.empty(b, segments, e, dtype=torch.float32, device=x.device)
-    batch, rows = _strides(x=x, dt=dt, z=z, B=B, C=C)
     limited = not (softplus and (low, high) == (0.0, math.inf))
-    with torch.cuda.device_of(x):
-        for output in (False, True):
-            if segments == 1 and not output:
-                continue
-            _walk[(b * (segments if output else segments - 1) * programs,)](
-                x, dt, A_t, B, C, D, z, dt_bias, initial_state, resets, starts, total, y, final,
-                l, 1, segments, per_segment, chunks, low, high, *batch, e=e, n=n, **rows, GROUPS=groups,
-                N=N, E=E, T=UNROLL, STEPS=STEPS, STAGES=STAGES, OUTPUT=output, SOFTPLUS=softplus, LIMITED=limited,
-                num_warps=warps, maxnreg=registers,
-            )  # fmt: skip
-            if not output:
-                broken = _broken(resets, segments, per_segment * STEPS)
-                _run_chain(starts, total, A, initial_state, broken, segments, per_segment, False)
+    B, C = _wide(B, C)
+    batch, rows = _strides(x=x, dt=dt, z=z, B=B, C=C)
+    for output in (False, True):
+        if segments == 1 and not output:
+            continue
+        _run(
+            _walk, b * (segments if output else segments - 1) * programs,
+            (x, dt, A_t, B, C, D, z, dt_bias, initial_state, resets, starts, total, y, final),
+            l, 1, segments, per_segment, chunks, low, high, *batch, e=e, n=n, **rows, GROUPS=groups,
+            N=N, E=E, T=UNROLL, STEPS=STEPS, STAGES=STAGES, OUTPUT=output, SOFTPLUS=softplus, LIMITED=limited,
+            num_warps=warps, maxnreg=registers,
+        )  # fmt: skip
+        if not output:
+            broken = _broken(resets, segments, per_segment * STEPS)
+            _run_chain(starts, total, A, initial_state, broken, segments, per_segment, False)
     return y, final, starts
 
 
@@ -1027,9 +1082,8 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, of D, z, dt_bias where given, and of the initial state."""
     (b, l, e), n, groups = x.shape, A.shape[1], B.shape[2]
-    x, dt, z, dy, A = _rows(x), _rows(dt), _rows(z), _rows(dy), A.contiguous()
-    A_t = A.t().contiguous()
-    dtypes, (B, C) = (B.dtype, C.dtype), _wide(_rows(B), _rows(C))
+    x, dt, z, dy, A, A_t = _rows(x), _rows(dt), _rows(z), _rows(dy), A.contiguous(), A.t().contiguous()
+    dtypes = B.dtype, C.dtype
     D, dt_bias, dfinal = (None if t is None else t.contiguous() for t in (D, dt_bias, dfinal))
     resets = None if resets is None else resets.contiguous().view(torch.uint8)
     N = max(triton.next_power_of_2(n), 4)
@@ -1051,43 +1105,51 @@ def backward(
     limited = not (softplus and (low, high) == (0.0, math.inf))
     options = {"STEPS": STEPS, "SOFTPLUS": softplus, "LIMITED": limited}
     walk = {"e": e, "n": n, "GROUPS": groups, "N": N, "E": E, "T": UNROLL, "STAGES": STAGES, "num_warps": warps}
-    with torch.cuda.device_of(x):
-        if segments > 1:
-            batch, rows = _strides(dy=dy, dt=dt, z=z, C=C)
-            _walk_back[(b * (segments - 1) * programs,)](
-                dy, dt, A_t, C, z, dt_bias, resets, carries, total, l, 1, segments, per_segment, low, high, *batch,
-                **rows, **walk, **options, maxnreg=registers,
-            )  # fmt: skip
-        _run_chain(carries, total, A, dfinal, _broken(resets, segments, per_segment * STEPS), segments, 1, True)
-        if narrow:
-            parts = triton.cdiv(e // groups, E)  # of a group's channels, each with its own sums for dB and dC
-            even, odd = ddt.view(torch.int32), dx.view(torch.int32)
-            dA, cum, final = new(b, segments, n, e), new(b, chunks, e), new(b, n, e)
-            batch, rows = _strides(dy=dy, x=x, dt=dt, z=z, B=B, C=C)
-            numbers = (b, l, 1, segments, per_segment, chunks, low, high, *batch)
-            given = (dy, x, dt, A_t, B, C, D, z, dt_bias, resets, starts, even, odd)
-            walk |= rows | options | {"maxnreg": MOST_REGISTERS}
-            grid = (b * segments * programs,)
-            sums = new(parts, *C.shape, dtype=torch.float32 if parts > 1 else dtypes[1])
-            _walk_gradients[grid](*given, dz, sums, dA, cum, final, *numbers, **walk)
-            dC = _added(sums, dtypes[1])
-            sums = new(parts, *B.shape, dtype=torch.float32 if parts > 1 else dtypes[0])
-            _walk_back_gradients[grid](
-                *given, dA, cum, final, carries, dx, ddt, sums, dD, dbias, dinitial, *numbers, **walk
-            )  # fmt: skip
-            dB = _added(sums, dtypes[0])
-        else:
-            dB, dC = _exact_gradients(
-                dy, x, dt, A, B, C, D, z, dt_bias, resets, starts, carries, dx, ddt, dz, dtypes, dD, dbias, dinitial,
-                segments, per_segment, low, high, options,
-            )  # fmt: skip
-        dA = carries.view(b * segments, n * e).sum(0).view(n, e).t().to(A.dtype)
-        dD, dbias = (None if t is None else t.sum(0).to(s.dtype) for t, s in ((dD, D), (dbias, dt_bias)))
+    B, C = _wide(B, C)
+    if segments > 1:
+        batch, rows = _strides(dy=dy, dt=dt, z=z, C=C)
+        _run(
+            _walk_back, b * (segments - 1) * programs, (dy, dt, A_t, C, z, dt_bias, resets, carries, total),
+            l, 1, segments, per_segment, low, high, *batch, **rows, **walk, **options, maxnreg=registers,
+        )  # fmt: skip
+    _run_chain(carries, total, A, dfinal, _broken(resets, segments, per_segment * STEPS), segments, 1, True)
+    if narrow:
+        parts = triton.cdiv(e // groups, E)  # of a group's channels, each with its own sums for dB and dC
+        even, odd = ddt.view(torch.int32), dx.view(torch.int32)
+        dA, cum, final = new(b, segments, n, e), new(b, chunks, e), new(b, n, e)
+        batch, rows = _strides(dy=dy, x=x, dt=dt, z=z, B=B, C=C)
+        numbers = (b, l, 1, segments, per_segment, chunks, low, high, *batch)
+        given = (dy, x, dt, A_t, B, C, D, z, dt_bias, resets, starts, even, odd)
+        walk |= rows | options | {"maxnreg": MOST_REGISTERS}
+        sums = new(parts, *C.shape, dtype=torch.float32 if parts > 1 else dtypes[1])
+        every = b * segments * programs
+        _run(_walk_gradients, every, (*given, dz, sums, dA, cum, final), *numbers, **walk)
+        dC = _added(sums, dtypes[1])
+        del sums  # before there are others
+        sums = new(parts, *B.shape, dtype=torch.float32 if parts > 1 else dtypes[0])
+        given = (*given, dA, cum, final, carries, dx, ddt, sums, dD, dbias, dinitial)
+        _run(_walk_back_gradients, every, given, *numbers, **walk)
+        dB = _added(sums, dtypes[0])
+    else:
+        dB, dC = _exact_gradients(
+            dy, x, dt, A, B, C, D, z, dt_bias, resets, starts, carries, dx, ddt, dz, dtypes, dD, dbias, dinitial,
+            segments, per_segment, low, high, options,
+        )  # fmt: skip
+    dA = carries.view(b * segments, n * e).sum(0).view(n, e).t().to(A.dtype).contiguous()
+    dD, dbias = (None if t is None else t.sum(0).to(s.dtype) for t, s in ((dD, D), (dbias, dt_bias)))
     return [d for d in (dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial) if d is not None]
 
 
 def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    return (parts.sum(0) if parts.shape[0] > 1 else parts[0]).to(dtype)
+    if parts.shape[0] == 1:
+        return parts[0].to(dtype)
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    width = parts.shape[3] * parts.shape[4]
+    _run(
+        _add, triton.cdiv(out.numel(), 2048), (parts, out), out.numel() // width, PARTS=parts.shape[0], WIDTH=width,
+        BLOCK=2048, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def _exact_gradients(
@@ -1120,8 +1182,9 @@ def _exact_gradients(
     sums = dtypes if blocks == 1 else (torch.float32, torch.float32)
     dB, dC = new(parts, *B.shape, dtype=sums[0]), new(parts, *C.shape, dtype=sums[1])
     strides = [s for t in (dy, x, dt, z) for s in ((0, 0) if t is None else t.stride()[:2])]
-    _gradients[(programs,)](
-        dy, x, dt, A, B, C, D, z, dt_bias, resets, starts, carries, scratch, dx, ddt, dz, dB, dC, dD, dbias, dinitial,
+    tensors = (dy, x, dt, A, B, C, D, z, dt_bias, resets, starts, carries, scratch)
+    _run(
+        _gradients, programs, (*tensors, dx, ddt, dz, dB, dC, dD, dbias, dinitial),
         b, l, e, n, 1, per_group, blocks, groups, segments, per_segment, chunks, tasks, groups * parts,
         blocks_per_part, low, high, *strides, *B.stride()[:3], *C.stride()[:3],
         NH=NH, NL=NL, EH=EH, EL=EL, W=W, T=TURN, R=min(ROWS, piece), PIECE=piece, **options, num_warps=warps,
