@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqmodels.kernels.across import Exchange, across
 from seqmodels.kernels.discretize import step_size, step_size_gradient
 from seqmodels.kernels.dispatch import triton_form
 from seqmodels.kernels.packing import starts_of_sequences
@@ -40,16 +41,18 @@ def selective_scan(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Selective scan: y (b, l, e) in x's dtype, and the final state (b, e, n).
 
     The state resets wherever `seq_idx` (b, l) changes; `initial_state` belongs to the first sequence of each row and
-    the final state to the last. Linear in l in time and memory; differentiable in every tensor argument.
+    the final state to the last. Linear in l in time and memory; differentiable in every tensor argument. With an
+    `exchange` the arguments are one rank's stretch of the sequence, and both states the whole sequence's (across.py).
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     resets = None if seq_idx is None else starts_of_sequences(seq_idx)
-    y, final_state, _ = _scan(x, dt, A, B, C, D, z, dt_bias, initial_state, resets, dt_softplus, *dt_limit)
-    return y, final_state
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state, resets, dt_softplus, *dt_limit)
+    return _scan(*inputs)[:2] if exchange is None else _across(exchange, *inputs)
 
 
 def selective_scan_reference(
@@ -113,6 +116,41 @@ def selective_scan_step(
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(x.dtype), state.view(b, e, n)
+
+
+def selective_scan_end_state(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The final state (b, e, n) from zero, and the decay (b, e, n) over all steps: no outputs, no gradient."""
+    _check(x, dt, A, B, B, None, None, dt_bias, None, seq_idx)
+    resets = None if seq_idx is None else starts_of_sequences(seq_idx)
+    return _end_state(x, dt, A, B, dt_bias, resets, dt_softplus, *dt_limit)
+
+
+def selective_scan_start_gradient(
+    dy: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    C: Tensor,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    seq_idx: Tensor | None = None,
+) -> Tensor:
+    """The gradient (b, e, n) of the initial state from that of y (b, l, e): no other gradient."""
+    _check(dy, dt, A, C, C, None, z, dt_bias, None, seq_idx)
+    resets = None if seq_idx is None else starts_of_sequences(seq_idx)
+    return _start_gradient(dy, dt, A, C, z, dt_bias, resets, dt_softplus, *dt_limit)
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:
@@ -333,3 +371,54 @@ def _autograd(ctx, dy, dfinal, dstarts):
 
 
 _scan.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# What a stretch of a sequence adds to the state at its end, and to the adjoint at its start: sums over its steps,
+# weighted with the decay between the step and that edge.
+
+
+def _at_edge_in_torch(v, dt, A, m, resets, at_end):
+    """The sum and the decay over all steps, (b, e, n): v, m are dt x, B at the end, and dy, C at the start."""
+    dtype = v.dtype
+    state, total = v.new_zeros(v.shape[0], *A.shape), dt.new_zeros(dt[:, 0].shape, dtype=torch.float64)
+    run = None if resets is None else resets.cumsum(1)
+    for t0 in range(0, v.shape[1], STEPS)[:: -1 if at_end else 1]:
+        part = slice(t0, t0 + STEPS)
+        sums = dt[:, part].cumsum(1, dtype=torch.float64)
+        reach = sums[:, -1:] - sums if at_end else sums
+        weight = ((total[:, None] + reach).to(dtype)[..., None] * A.to(dtype)).exp()  # (b, q, e, n)
+        if run is not None:  # only steps of the sequence at the edge
+            weight = weight * (run[:, part] == (run[:, -1:] if at_end else 0))[..., None, None]
+        m_part = m[:, part].to(dtype).repeat_interleave(v.shape[2] // m.shape[2], 2)
+        state += (v[:, part, :, None] * weight * m_part).sum(1)
+        total += sums[:, -1]
+    decay = (total.to(dtype)[..., None] * A.to(dtype)).exp()
+    return state, decay if resets is None else decay.masked_fill(resets.any(1)[:, None, None], 0.0)
+
+
+def _at_edge(v, *others):
+    compiled = _compiled() if v.device.type == "cpu" else None
+    return (compiled.at_edge if compiled else _at_edge_in_torch)(v, *others)
+
+
+def _end_state(x, dt, A, B, dt_bias, resets, dt_softplus, low, high) -> tuple[Tensor, Tensor]:
+    dt = step_size(dt, dt_bias, dt_softplus, (low, high), _state_dtype(x))
+    return _at_edge(x.to(dt.dtype) * dt, dt, A, B, resets, True)
+
+
+def _start_gradient(dy, dt, A, C, z, dt_bias, resets, dt_softplus, low, high) -> Tensor:
+    dtype = _state_dtype(dy)
+    dt, dy = step_size(dt, dt_bias, dt_softplus, (low, high), dtype), dy.to(dtype)
+    return _at_edge(dy if z is None else dy * F.silu(z.to(dtype)), dt, A, C, resets, False)[0]
+
+
+def _own_end(x, dt, A, B, C, D, z, dt_bias, initial_state, resets, dt_softplus, low, high):
+    return _end_state(x, dt, A, B, dt_bias, resets, dt_softplus, low, high)
+
+
+def _own_start_gradient(ctx, dy):
+    x, dt, A, _, C, _, z, dt_bias, _, resets = ctx.saved_tensors
+    return _start_gradient(dy.to(x.dtype), dt, A, C, z, dt_bias, resets, *ctx.options)
+
+
+_across = across(_scan, _setup_context, _autograd, _own_end, _own_start_gradient, at=8)

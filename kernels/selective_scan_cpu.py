@@ -292,6 +292,61 @@ def _backward(dy, dfinal, x, dt, A, B, C, starts, resets, tiny, parts, dx, ddt, 
             )  # fmt: skip
 
 
+@_compiled()
+def _edge_task(v, dt, A, m, resets, nothing, at_end, state, decay, row, group, low, high):
+    """Channels low to high of one row of the batch and one group, step by step away from the edge.
+
+    Ends at another sequence, and where no exponent reaches `nothing`.
+    """
+    l, n, width = v.shape[1], m.shape[3], high - low
+    h, rates = np.zeros((n, width), v.dtype), np.empty((n, width), v.dtype)
+    _copy_turned(rates, A[low:high])
+    total, reach, v_t = np.zeros(width, np.float64), np.zeros(width, v.dtype), np.empty(width, v.dtype)
+    broken = False
+    for k in range(l):
+        t = l - 1 - k if at_end else k
+        broken = resets.shape[1] > 0 and resets[row, t]
+        if broken and not at_end:
+            break
+        for i in range(width):
+            v_t[i] = v[row, t, low + i]
+            if not at_end:
+                total[i] += dt[row, t, low + i]
+                reach[i] = total[i]
+        for j in range(n):
+            m_t = m[row, t, group, j]
+            for i in range(width):
+                h[j, i] += _exp(reach[i] * rates[j, i]) * (v_t[i] * m_t)
+        if broken:
+            break
+        if at_end:
+            for i in range(width):
+                total[i] += dt[row, t, low + i]
+                reach[i] = total[i]
+        if k % STEPS == STEPS - 1:
+            largest = nothing
+            for j in range(n):
+                for i in range(width):
+                    largest = max(largest, reach[i] * rates[j, i])
+            if largest == nothing:
+                break
+    _copy_turned(state[row, low:high], h)
+    for j in range(n):
+        for i in range(width):
+            rates[j, i] = 0 if broken else _exp(reach[i] * rates[j, i])
+    _copy_turned(decay[row, low:high], rates)
+
+
+@_compiled(parallel=True)
+def _at_edge(v, dt, A, m, resets, nothing, at_end, parts, state, decay):
+    groups, per_group = m.shape[2], v.shape[2] // m.shape[2]
+    for task in numba.prange(v.shape[0] * groups * parts):
+        row, group, first, last, _ = _channels(task, parts, per_group, groups)
+        for low in range(first, last, _BLOCK):
+            high = min(low + _BLOCK, last)
+            _edge_task(v, dt, A, m, resets, nothing, at_end, state, decay, row, group, low, high)
+
+
 def _arrays(dtype: torch.dtype, *tensors: Tensor) -> list[np.ndarray]:
     return [t.detach().to(dtype).contiguous().numpy() for t in tensors]
 
@@ -343,3 +398,15 @@ def backward(
     _backward(*inputs, _resets(resets, b), _tiny(dtype), parts, *outputs)
     dB, dC = (t[0] if parts == 1 else t.sum(0) for t in (dB, dC))
     return dx, ddt, dA.sum(0), dB, dC, dinitial, y
+
+
+def at_edge(
+    v: Tensor, dt: Tensor, A: Tensor, m: Tensor, resets: Tensor | None, at_end: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The sum of decayed v m at the end or the start, and the decay over all steps, (b, e, n): as in PyTorch."""
+    state = torch.empty(v.shape[0], *A.shape, dtype=v.dtype)
+    decay = torch.empty_like(state)
+    nothing = math.log(torch.finfo(v.dtype).tiny)
+    inputs, parts = _arrays(v.dtype, v, dt, A, m), _parts(v.shape[0], v.shape[2], m.shape[2])
+    _at_edge(*inputs, _resets(resets, v.shape[0]), nothing, at_end, parts, state.numpy(), decay.numpy())
+    return state, decay

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqmodels.kernels.across import Exchange, across
 from seqmodels.kernels.direct import direct
 from seqmodels.kernels.discretize import step_size, step_size_gradient
 from seqmodels.kernels.dispatch import triton_form
@@ -46,15 +47,18 @@ def ssd(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     chunk_size: int = 64,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chunked SSD: y (b, l, h, p) in x's dtype, and the final state (b, h, p, n).
 
     The state resets wherever `seq_idx` (b, l) changes; `initial_state` belongs to the first sequence of each row and
-    the final state to the last. Linear in l in time and memory; differentiable in every tensor argument.
+    the final state to the last. Linear in l in time and memory; differentiable in every tensor argument. With an
+    `exchange` the arguments are one rank's stretch of the sequence, and both states the whole sequence's (across.py).
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     run = None if seq_idx is None else starts_of_sequences(seq_idx).cumsum(1, dtype=torch.int32)
-    y, final_state, _ = _direct(x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, *dt_limit, chunk_size)
+    inputs = (x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, *dt_limit, chunk_size)
+    y, final_state = _direct(*inputs)[:2] if exchange is None else _across(exchange, *inputs)
     return y if z is None else (y * F.silu(z.to(_state_dtype(x)))).to(x.dtype), final_state
 
 
@@ -158,6 +162,40 @@ def ssd_step(
     )
     y = torch.matmul(state.view(b, g, -1, n), C.to(dtype).unsqueeze(-1)).view(b, h, p)
     return _skip_and_gate(y, x, D, z).to(x.dtype), state.view(b, h, p, n)
+
+
+def ssd_end_state(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The final state (b, h, p, n) from zero, and the decay (b, h) over all steps: no outputs, no gradient."""
+    _check(x, dt, A, B, B, None, None, dt_bias, None, seq_idx)
+    run = None if seq_idx is None else starts_of_sequences(seq_idx).cumsum(1, dtype=torch.int32)
+    return _end_state(x, dt, A, B, dt_bias, run, dt_softplus, *dt_limit)
+
+
+def ssd_start_gradient(
+    dy: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    seq_idx: Tensor | None = None,
+) -> Tensor:
+    """The gradient (b, h, p, n) of the initial state, from that of y before its gate: no other gradient."""
+    _check(dy, dt, A, C, C, None, None, dt_bias, None, seq_idx)
+    run = None if seq_idx is None else starts_of_sequences(seq_idx).cumsum(1, dtype=torch.int32)
+    return _start_gradient(dy, dt, A, C, dt_bias, run, dt_softplus, *dt_limit)
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:
@@ -459,3 +497,61 @@ def _backward(ctx, dy, dfinal, dstarts, backward=_ssd_backward):
 
 _ssd.register_autograd(_backward, setup_context=_setup_context)
 _direct = direct(_ssd, _on_gpu, _setup_context, partial(_backward, backward=_backward_on_gpu))
+
+
+# What a stretch of a sequence adds to the state at its end, and to the adjoint at its start: sums over its steps,
+# weighted with the decay between the step and that edge, as far from the edge as the decay is not 0.
+
+
+def _at_edge(v: Tensor, m: Tensor, decay: Tensor, steps: Tensor | None) -> Tensor:
+    """sum_t decay[t] (steps[t]) v[t] m[t]^T, (b, h, p, n), from v (b, l, h, p), m (b, l, g, n), decay, steps (b, l, h).
+
+    With steps the edge is the last one, else the first.
+    """
+    (b, l, h, p), (g, n) = v.shape, m.shape[2:]
+    size = max(1, _ELEMENTS_PER_PASS["cpu" if v.device.type == "cpu" else "cuda"] // (b * h * p))
+    state = decay.new_zeros(b, g, h // g * p, n)
+    for t0 in range(0, l, size) if steps is None else reversed(range(0, l, size)):
+        part = slice(t0, t0 + size)
+        weight = decay[:, part]
+        if not bool(weight.any()):
+            break
+        weight = weight if steps is None else weight * steps[:, part]
+        weighted = (v[:, part].to(decay.dtype) * weight[..., None]).unflatten(2, (g, -1)).flatten(3)
+        state += torch.matmul(weighted.permute(0, 2, 3, 1), m[:, part].to(decay.dtype).transpose(1, 2))
+    return state.view(b, h, p, n)
+
+
+def _end_state(x, dt, A, B, dt_bias, run, dt_softplus, low, high) -> tuple[Tensor, Tensor]:
+    form = _gpu_form(x, B) if x.is_cuda else None
+    if form is not None:
+        return form.end_state(x, dt, A, B, dt_bias, run, dt_softplus, low, high)
+    dtype = _state_dtype(x)
+    dt = step_size(dt, dt_bias, dt_softplus, (low, high), dtype)
+    sums = (dt * A.to(dtype)).cumsum(1, dtype=torch.float64)
+    decay, whole = (sums[:, -1:] - sums).to(dtype).exp(), sums[:, -1].to(dtype).exp()
+    if run is not None:
+        decay, whole = decay * (run == run[:, -1:])[..., None], whole * (run[:, -1:] == 0)
+    return _at_edge(x, B, decay, dt), whole
+
+
+def _start_gradient(dy, dt, A, C, dt_bias, run, dt_softplus, low, high) -> Tensor:
+    form = _gpu_form(dy, C) if dy.is_cuda else None
+    if form is not None:
+        return form.start_gradient(dy, dt, A, C, dt_bias, run, dt_softplus, low, high)
+    dtype = _state_dtype(dy)
+    dt = step_size(dt, dt_bias, dt_softplus, (low, high), dtype)
+    decay = (dt * A.to(dtype)).cumsum(1, dtype=torch.float64).to(dtype).exp()
+    return _at_edge(dy, C, decay if run is None else decay * (run == 0)[..., None], None)
+
+
+def _own_end(x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, low, high, chunk_size):
+    return _end_state(x, dt, A, B, dt_bias, run, dt_softplus, low, high)
+
+
+def _own_start_gradient(ctx, dy):
+    x, dt, A, _, C, _, dt_bias, _, run = ctx.saved_tensors
+    return _start_gradient(dy.to(x.dtype), dt, A, C, dt_bias, run, *ctx.options[:3])
+
+
+_across = across(_ssd, _setup_context, _backward, _own_end, _own_start_gradient, at=7)

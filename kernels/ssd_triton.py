@@ -567,6 +567,37 @@ def backward(
     return dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial
 
 
+def end_state(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, run: Tensor | None, softplus: bool, low: float,
+    high: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The final state (b, h, p, n) from zero, and the decay (b, h) over all steps."""
+    return _at_edge(x, dt, A, B, dt_bias, run, softplus, low, high, False)
+
+
+def start_gradient(
+    dy: Tensor, dt: Tensor, A: Tensor, C: Tensor, dt_bias: Tensor | None, run: Tensor | None, softplus: bool,
+    low: float, high: float,
+) -> Tensor:  # fmt: skip
+    """The gradient (b, h, p, n) of the initial state, from that of y."""
+    return _at_edge(dy, dt, A, C, dt_bias, run, softplus, low, high, True)[0]
+
+
+def _at_edge(v, dt, A, m, dt_bias, run, softplus, low, high, reverse):
+    """Of the whole sequence what `_ends` computes of a stretch."""
+    v, dt, m = _ready(v, v.dtype), _ready(dt, dt.dtype), _ready(m, v.dtype)
+    A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
+    plan = _edge_plan(v, dt, A, m, dt_bias, run, softplus, low, high, reverse)
+    local, keep, entering = plan.pieces(v)
+    shifted, sums = plan.pieces_of_sums(v)
+    state = local.new_empty(plan.state)
+    plan.decays(dt, A, dt_bias, None, None, shifted, sums, None)
+    plan.ends(v, m, run, shifted, sums, local, keep)
+    plan.chain(local, keep, None, entering, state)
+    keep = keep[: plan.b * plan.stretches * plan.rows].view(plan.b, plan.stretches, plan.h, -1)
+    return state, keep[..., 0].prod(1)
+
+
 def shape_of_starts(x: Tensor, B: Tensor) -> tuple[int, ...]:
     """Shape of the third result of `forward`."""
     return _Plan(x, B, None).edges
@@ -723,4 +754,14 @@ class _BackwardPlan(_Plan):
         )  # fmt: skip
 
 
-_forward_plan, _backward_plan = planned(_ForwardPlan), planned(_BackwardPlan)
+class _EdgePlan(_Plan):
+    def __init__(self, v, dt, A, m, bias, run, softplus, low, high, reverse):
+        super().__init__(v, m, run)
+        self.pieces = Pieces(torch.float32, self.edges, self.edges[:3], self.edges)
+        self.pieces_of_sums = Pieces(self.sums_dtype, *[(self.b, self.h, self.padded)] * 2)
+        self.decays = self.make_decays(dt, m, m, softplus, low, high)
+        self.ends = self.make_ends(v, m, reverse)
+        self.chain = self.make_chain(reverse)
+
+
+_forward_plan, _backward_plan, _edge_plan = planned(_ForwardPlan), planned(_BackwardPlan), planned(_EdgePlan)

@@ -1,0 +1,121 @@
+"""Scans whose sequence lies in stretches on several ranks: what passes between them, forward and backward.
+
+A stretch maps the state S that enters it to  a S + E:  a its decay, E its end state from zero. With the pairs of all
+stretches each rank has the state that enters its own, S[i+1] = a[i] S[i] + E[i], and runs the ordinary op from there.
+The adjoint G passes the other way, G[i] = a[i] G[i+1] + F[i], F the gradient that reaches a stretch's start from its
+own outputs. So two small exchanges per op, and every gradient is exact (kernels/README.md).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqmodels.kernels.packing import starts_of_sequences
+
+
+class Exchange(NamedTuple):
+    """One rank's place among those that share a sequence."""
+
+    gather: Callable[[Tensor], Tensor]
+    "(...) -> (ranks, ...), the same tensor of all ranks in the sequence's order; differentiable."
+    place: int
+    "Number of this rank's stretch."
+    continues: Tensor | None = None
+    "(b,) bool: whether the stretch goes on with the sequence before it. None: all do."
+
+
+def across(op: Callable, setup_context: Callable, backward: Callable, end: Callable, start_gradient: Callable, at: int):
+    """op(*inputs) as a function of (exchange, *inputs): output and final state, as if all stretches were one sequence.
+
+    setup_context and backward are op's, inputs[at] is the initial state (of the first stretch). end(*inputs) gives the
+    end state from zero and the decay, start_gradient(ctx, dy) the mirror of the former. Every rank hands in the same
+    initial state and gets the same final state; the gradient of either is the sum of the ranks'.
+    """
+
+    class Across(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, exchange: Exchange, *inputs: Any) -> tuple[Tensor, Tensor]:
+            E, a = end(*inputs)
+            a = a.view(*a.shape, *[1] * (E.dim() - a.dim()))
+            a = _if_continuing(exchange, a)
+            ends, decays = exchange.gather(torch.cat([E.flatten(), a.flatten()])).split([E.numel(), a.numel()], 1)
+            ends, decays = ends.unflatten(1, E.shape), decays.unflatten(1, a.shape)
+            initial = inputs[at]
+            state = torch.zeros_like(E) if initial is None else initial.to(E.dtype)
+            for i in range(len(ends)):
+                if i == exchange.place:
+                    start = _if_continuing(exchange, state)
+                state = torch.addcmul(ends[i], decays[i], state)
+            inputs = (*inputs[:at], start, *inputs[at + 1 :])
+            output = op(*inputs)
+            setup_context(ctx, inputs, output)
+            ctx.set_materialize_grads(True)  # every rank sends what it has, also zeros
+            ctx.exchange, ctx.decays, ctx.initial_dtype = exchange, decays, None if initial is None else initial.dtype
+            return output[0], state
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> Any:
+            exchange = ctx.exchange
+            F = _if_continuing(exchange, start_gradient(ctx, dy))
+            starts, finals = exchange.gather(torch.stack([F, dfinal])).unbind(1)
+            G = finals.sum(0)
+            for i in reversed(range(exchange.place + 1, len(starts))):
+                G = torch.addcmul(starts[i], ctx.decays[i], G)
+            gradients = list(backward(ctx, dy, G, None))
+            if ctx.initial_dtype is None:
+                gradients[at] = None
+            elif exchange.place > 0:
+                gradients[at] = torch.zeros_like(G, dtype=ctx.initial_dtype)
+            else:
+                gradients[at] = gradients[at].to(ctx.initial_dtype)
+            return None, *gradients
+
+    return Across.apply
+
+
+def _if_continuing(exchange: Exchange, state: Tensor) -> Tensor:
+    """state (b, ...), zero where the stretch starts a new sequence."""
+    if exchange.continues is None:
+        return state
+    return state * exchange.continues.view(-1, *[1] * (state.dim() - 1))
+
+
+def windows(
+    exchange: Exchange, x: Tensor, reach: int, initial: Tensor | None = None, lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None, fill: float = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The `reach` inputs before this rank's stretch x (b, l, d), and the last ones of the whole: (b, reach, d) each.
+
+    Differentiable in x and initial. `fill` stands where nothing of the same sequence is. A stretch may be shorter than
+    the reach, and with lengths (b,) even empty.
+    """
+    b, l, d = x.shape
+    rows = torch.arange(reach, device=x.device)
+    end = torch.full((b,), l, device=x.device) if lengths is None else lengths
+    index = end[:, None] - reach + rows  # (b, reach); negative before the stretch
+    tail = x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, d))
+    own = end.clamp(max=reach)  # rows that the stretch decides itself
+    valid = index >= 0
+    if seq_idx is not None:
+        run = starts_of_sequences(seq_idx).cumsum(1)
+        last = run.gather(1, (end[:, None] - 1).clamp(min=0))
+        valid = valid & (run.gather(1, index.clamp(min=0)) == last)
+        broken = last[:, 0] > 0
+        if exchange.continues is not None:
+            broken = broken | ~exchange.continues
+        own = torch.where(broken & (end > 0), reach, own)
+    tail = tail.masked_fill(~valid[..., None], fill)
+    gathered = exchange.gather(torch.cat([tail, own.to(tail.dtype)[:, None, None].expand(-1, 1, d)], 1))
+    tails, counts = gathered[:, :, :reach], gathered[:, :, reach, :1].detach().long()  # (ranks, b, 1)
+    found = [x.new_full((b, reach, d), fill) if initial is None else initial.to(x.dtype)]
+    for tail, own in zip(tails, counts, strict=True):
+        moved = found[-1].gather(1, (rows + own).clamp(max=reach - 1)[..., None].expand(-1, -1, d))
+        found.append(torch.where((rows >= reach - own)[..., None], tail, moved))
+    # out of one tensor, so that every rank's gradient passes through the exchange, whether it needs its result or not
+    found = torch.stack(found)
+    before, after = found[exchange.place], found[-1]
+    if exchange.continues is not None:
+        before = before.masked_fill(~exchange.continues[:, None, None], fill)
+    return before, after
