@@ -12,9 +12,10 @@ from tqdm import tqdm
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.fasta import FastaReader, Record
 from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits, probabilities
-from seqmodels.tasks.genomics.table import Format, Row, TableWriter, check_writable
+from seqmodels.tasks.genomics.table import Format, Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.tokens import Tokens
 
+_IDENTITY = ["file", "record_id", "length", "model"]  # a row with these is the same row when work is resumed
 _SHOWN = ["record_id", "length", "n_frac", "label", "prob", "status", "note"]
 
 
@@ -27,6 +28,7 @@ def classify(
     dtype: Dtype = "float32",
     batch_tokens: int = 65536,
     chunk: int = 16384,
+    resume: bool = False,
     quiet: bool = False,
 ) -> int:
     """Classify the records of FASTA files: one row per record, in the order of the input.
@@ -47,6 +49,8 @@ def classify(
         dtype: Number format of the weights and activations.
         batch_tokens: Bases per batch of short records, padding included.
         chunk: Longer records are read in chunks of so many bases; bounds the memory, does not change the answer.
+        resume: Go on where the same command was stopped or killed: its rows are in <output>.part, are checked against
+            the input and kept. For .tsv, .csv and .jsonl; Parquet and .gz are written anew.
         quiet: No progress on a terminal.
 
     Returns:
@@ -54,22 +58,22 @@ def classify(
     """
     if output is not None and any(str(f) != "-" and f.exists() and output.resolve() == f.resolve() for f in files):
         raise InputError(f"the output {output} is also an input; give another name")
-    _check_output(output, format)
+    _check_output(output, format, resume)
+    if resume and output is not None and output.exists() and not part_of(output).exists():
+        print(f"{output} is there and whole: nothing to resume", file=sys.stderr)
+        return 0
     classifier = Classifier(model, device, dtype, batch_tokens, chunk)
     problems: list[str] = []
     written = 0
     progress = tqdm(unit="base", unit_scale=True, disable=quiet or not sys.stderr.isatty())
-    with TableWriter(output, _columns(classifier), format, _SHOWN) as table, progress:
+    with TableWriter(output, _columns(classifier), format, _SHOWN, _IDENTITY if resume else ()) as table, progress:
         for path in files:
             statuses: Counter[str] = Counter()
-            try:
-                for rows in _classified(FastaReader(path), classifier):
-                    table.write(rows)
-                    written += len(rows)
-                    statuses.update(row["status"] for row in rows)
-                    progress.update(sum(row["length"] for row in rows))
-            except InputError as error:
-                problems.append(str(error))
+            for rows in _readable(_classified(FastaReader(path), classifier, table.kept - written), problems):
+                table.write(rows)
+                written += len(rows)
+                statuses.update(row["status"] for row in rows)
+                progress.update(sum(row["length"] for row in rows))
             if bad := {status: count for status, count in statuses.items() if status != "ok"}:
                 what = ", ".join(f"{count} {status}" for status, count in sorted(bad.items()))
                 problems.append(
@@ -83,11 +87,19 @@ def classify(
     return 2 if problems else 0
 
 
-def _check_output(output: Path | None, format: Format | None) -> None:
+def _check_output(output: Path | None, format: Format | None, resume: bool) -> None:
     """Says early, before a model is loaded, that a table cannot be written."""
-    TableWriter(output, {}, format)
+    TableWriter(output, {}, format, resume=_IDENTITY if resume else ())
     if output is not None:
         check_writable(output)
+
+
+def _readable(rows: Iterator[list[Row]], problems: list[str]) -> Iterator[list[Row]]:
+    """The rows up to what cannot be read, which is added to the problems."""
+    try:
+        yield from rows
+    except InputError as error:
+        problems.append(str(error))
 
 
 def _columns(classifier: Classifier) -> dict[str, type]:
@@ -98,12 +110,23 @@ def _columns(classifier: Classifier) -> dict[str, type]:
     return columns | {"status": str, "note": str, "model": str}
 
 
-def _classified(reader: FastaReader, classifier: Classifier) -> Iterator[list[Row]]:
-    """Rows of a file's records in order, a few batches at a time; what was read before a problem comes first."""
+def _classified(reader: FastaReader, classifier: Classifier, kept: int) -> Iterator[list[Row]]:
+    """Rows of a file's records in order, a few batches at a time; what was read before a problem comes first.
+
+    The first `kept` rows may lack their predictions. The others do not depend on `kept`, not in their last digit: they
+    go through the model with the same neighbours.
+    """
     waiting: list[tuple[Row, Tokens | None]] = []
     names: set[str] = set()
+    given = 0
 
     def flush() -> list[Row]:
+        nonlocal given
+        given += len(waiting)
+        if given <= kept:
+            rows = [row for row, _ in waiting]
+            waiting.clear()
+            return rows
         known = [(row, tokens) for row, tokens in waiting if tokens is not None]
         for (row, _), logits in zip(known, classifier.batch([tokens for _, tokens in known]), strict=True):
             _predict(row, logits, classifier)
@@ -121,10 +144,10 @@ def _classified(reader: FastaReader, classifier: Classifier) -> Iterator[list[Ro
                     yield flush()
                     held = 0
                 tokens = None
-                logits = classifier.stream(rest) if classifier.causal else None
+                logits = classifier.stream(rest) if classifier.causal and given >= kept else None
                 for _ in rest:  # complete the counts
                     pass
-            row = _describe(record, reader.name, classifier, too_long=rest is not None and logits is None)
+            row = _describe(record, reader.name, classifier, too_long=rest is not None and not classifier.causal)
             row |= {"model": classifier.name}
             if row["status"] == "ok" and record.name in names:
                 row |= {"status": "duplicate", "note": f"record {record.number} has the name of an earlier one"}

@@ -1,11 +1,14 @@
 """Tables of results: written row by row to TSV, CSV, JSON lines or Parquet, or shown on the screen."""
 
 import csv
+import fcntl
 import gzip
 import io
+import itertools
 import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -14,6 +17,11 @@ from seqmodels.errors import InputError
 Format = Literal["tsv", "csv", "jsonl", "parquet"]
 Row = dict[str, Any]
 _SUFFIXES: dict[str, Format] = {".tsv": "tsv", ".txt": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
+_DIALECTS: dict[str, dict[str, Any]] = {
+    "csv": {"lineterminator": "\n"},
+    # without quotes: text in rows holds no tabs or line ends
+    "tsv": {"delimiter": "\t", "lineterminator": "\n", "quoting": csv.QUOTE_NONE, "quotechar": None},
+}
 
 
 def format_of(path: Path) -> Format:
@@ -44,46 +52,112 @@ def check_writable(path: Path) -> None:
     temporary.unlink()
 
 
+def part_of(path: Path) -> Path:
+    """The file in which the lines of a table gather until it is whole."""
+    return path.with_name(f"{path.name}.part")
+
+
 class TableWriter:
     """Rows to a file, which appears whole under its name when the `with` block ends well, or to standard output.
 
-    Without a path: an aligned table of `shown` columns if standard output is a terminal, TSV otherwise.
+    Without a path: an aligned table of `shown` columns if standard output is a terminal, TSV otherwise. Lines of text
+    gather in `part_of(path)`, which a killed process leaves behind. With `resume` they are kept, also by a failure: the
+    first rows that are given to `write` must then be those that stand there, by the columns that `resume` names, and
+    are not written again.
     """
 
     def __init__(
-        self, path: Path | None, columns: dict[str, type], format: Format | None = None, shown: list[str] | None = None
+        self,
+        path: Path | None,
+        columns: dict[str, type],
+        format: Format | None = None,
+        shown: list[str] | None = None,
+        resume: Sequence[str] = (),
     ):
         """`columns` maps names to str, int or float, in order; `shown` are the ones for a terminal."""
-        self._path, self._columns, self._shown = path, columns, shown or list(columns)
+        self._path, self._columns, self._shown, self._resume = path, columns, shown or list(columns), resume
         if path is None:
             self._format = format or ("screen" if sys.stdout.isatty() else "tsv")
             if self._format == "parquet":
                 raise InputError("Parquet is not text; name an output file with -o")
         else:
             self._format = format or format_of(path)
+        self._in_lines = path is not None and self._format != "parquet" and path.suffix != ".gz"
+        if resume and not self._in_lines:
+            raise InputError(
+                f"{path or 'a table on the screen'} cannot be resumed, only a file .tsv, .csv or .jsonl: Parquet and "
+                ".gz are whole or nothing; name such a file with -o or leave out --resume"
+            )
         self._rows: list[Row] = []  # of the formats that need all rows at once
+        self.kept = 0  # rows of an interrupted table that are kept
+        self._grown = False
+        self._old: Iterator[Row] = iter(())
 
     def __enter__(self) -> "TableWriter":
         self._temporary = None
         self._file: TextIO = sys.stdout
         if self._path is not None:
-            self._temporary, descriptor = open_atomically(self._path)
+            self._temporary, descriptor = self._open_part() if self._in_lines else open_atomically(self._path)
             binary = self._binary = os.fdopen(descriptor, "wb")
             if self._path.suffix == ".gz":
                 binary = gzip.GzipFile(filename="", mode="wb", fileobj=binary, mtime=0)
             self._file = io.TextIOWrapper(binary, encoding="utf-8", newline="")
-        if self._format == "csv":
-            self._csv = csv.writer(self._file, lineterminator="\n")
-        elif self._format == "tsv":  # without quotes: text in rows holds no tabs or line ends
-            self._csv = csv.writer(
-                self._file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None
-            )
-        if self._format in ("tsv", "csv"):
-            self._csv.writerow(self._columns)
+        if self._format in _DIALECTS:
+            self._csv = csv.writer(self._file, **_DIALECTS[self._format])
+            if not self.kept:
+                self._csv.writerow(self._columns)
         return self
+
+    def _open_part(self) -> tuple[Path, int]:
+        """The file that lines gather in, locked, cut after its last whole line (or empty), and its descriptor."""
+        assert self._path is not None
+        check_writable(self._path)
+        part = part_of(self._path)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill opens it
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(f"another process is writing {part}; wait for it or give another output") from None
+        end = 0
+        if self._resume:
+            with open(part, "rb") as file:
+                whole = [len(line) for line in file if line.endswith(b"\n")]
+            self.kept = max(0, len(whole) - (self._format in _DIALECTS))  # without the header
+            end = sum(whole) if self.kept else 0
+            self._old = self._read(part)
+        os.ftruncate(descriptor, end)
+        os.lseek(descriptor, end, os.SEEK_SET)
+        return part, descriptor
+
+    def _read(self, part: Path) -> Iterator[Row]:
+        """The kept rows, with their values as `write` has written them."""
+        with open(part, encoding="utf-8", newline="") as file:
+            if self._format in _DIALECTS:
+                rows: Iterator[Row] = csv.DictReader(file, **_DIALECTS[self._format])
+            else:
+                rows = map(json.loads, file)
+            yield from itertools.islice(rows, self.kept)
+
+    def _new(self, rows: list[Row]) -> list[Row]:
+        """Those of the rows that are not in the file yet, after a look at whether the others are the same."""
+        for i, row in enumerate(rows):
+            old = next(self._old, None)
+            if old is None:
+                return rows[i:]
+            form = _rounded if self._format == "jsonl" else lambda value: str(_text(value))
+            known = {name: form(row[name]) for name in self._resume}
+            if list(old) != list(self._columns) or any(old[name] != value for name, value in known.items()):
+                raise InputError(
+                    f"{self._temporary} was not made from this input by this model: it has {_said(old, self._resume)}, "
+                    f"where now comes {_said(known, self._resume)}; remove it or leave out --resume"
+                )
+        return []
 
     def write(self, rows: list[Row]) -> None:
         """Adds rows and passes them on to the file at once, where the format allows it."""
+        rows = self._new(rows)
+        self._grown |= bool(rows)
         try:
             if self._format in ("tsv", "csv"):
                 self._csv.writerows([_text(row.get(name)) for name in self._columns] for row in rows)
@@ -104,6 +178,8 @@ class TableWriter:
                 self._file.write(aligned(self._rows, self._shown))
             if self._temporary is None or self._path is None:
                 return
+            if kind is None and next(self._old, None) is not None:
+                raise InputError(f"{self._temporary} has more rows than this input; remove it or leave out --resume")
             if kind is None and self._format == "parquet":
                 self._write_parquet()
             self._file.close()
@@ -113,7 +189,7 @@ class TableWriter:
         except OSError as error:
             raise self._failure(error) from None
         finally:
-            if self._temporary is not None:
+            if self._temporary is not None and not (self._resume and (self.kept or self._grown)):
                 self._temporary.unlink(missing_ok=True)
 
     def _write_parquet(self) -> None:
@@ -131,6 +207,10 @@ class TableWriter:
             return error
         place = self._path or "standard output"
         return InputError(f"cannot write {place}: {error.strerror or error}; make room or give another place")
+
+
+def _said(row: Row, names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {row.get(name)}" for name in names)
 
 
 def _rounded(value: Any) -> Any:

@@ -3,6 +3,10 @@
 import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -277,3 +281,28 @@ def test_a_random_model_needs_eight_bits_for_a_spoken_digit(checkpoint, tmp_path
     results = json.loads((tmp_path / "bits.json").read_text())
     assert results["clips"] == 2
     assert results["bits_per_sample"] == pytest.approx(8, abs=0.5)
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+import soundfile
+from seqmodels.tasks.audio import commands, waveform
+waveform.BLOCK, write = 10, soundfile.SoundFile.write
+soundfile.SoundFile.write = lambda file, samples: (time.sleep(0.03), write(file, samples))
+commands.generate(prompt="seven", seconds=0.02, number=3, model=sys.argv[1], output=Path(sys.argv[2]), picture=False)
+"""
+
+
+def test_a_kill_while_sound_is_written_leaves_whole_files_only(checkpoint, tmp_path):
+    write_audio(tmp_path / "out_1.wav", tone(300, 77), 8000)  # of an earlier run
+    process = subprocess.Popen([sys.executable, "-c", SLOW, checkpoint, str(tmp_path / "out.wav")])
+    while not list(tmp_path.glob(".out_1.wav.*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.1)  # a few of its sixteen blocks
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["out_0.json", "out_0.wav", "out_1.wav"]
+    assert [soundfile.info(tmp_path / f"out_{i}.wav").frames for i in range(2)] == [160, 77]
+    assert json.loads((tmp_path / "out_0.json").read_text())["new_samples"] == 160

@@ -3,8 +3,10 @@ import gzip
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -18,6 +20,7 @@ from seqmodels.config import HeadConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.inference import Classifier, batches_by_length
+from seqmodels.tasks.genomics.table import TableWriter
 from seqmodels.tasks.genomics.tokens import encode
 
 
@@ -300,3 +303,83 @@ def test_five_million_bases_take_less_than_two_gigabytes(tmp_path, make_model):
     assert code == 0
     assert megabytes < 2000
     assert [(row["length"], row["status"]) for row in rows_of(tmp_path / "o.tsv")] == [("5000000", "ok")]
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from seqmodels.tasks.genomics import classify
+from seqmodels.tasks.genomics.inference import Classifier
+fast = Classifier.batch
+def slow(self, sequences):
+    time.sleep(0.1)
+    return fast(self, sequences)
+Classifier.batch = slow
+classify.classify([Path(sys.argv[1])], model=sys.argv[2], output=Path(sys.argv[3]), device="cpu", batch_tokens=400)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, model):
+    """A folder with in.fa (several hundred records), and what a killed process has left of o.tsv."""
+    folder = tmp_path_factory.mktemp("killed")
+    lengths = np.random.default_rng(0).integers(1, 300, 500)
+    lengths[[100, 333]] = 0, 1000  # an empty record, and one that is read in chunks
+    (folder / "in.fa").write_text(fasta(*lengths) + ">r7 again\nACGT\n>bad\nAC5\n")
+    table, part = folder / "o.tsv", folder / "o.tsv.part"
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(folder / "in.fa"), model, str(table)])
+    while not part.exists() or part.read_bytes().count(b"\n") < 50:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not table.exists()
+    assert 50 <= part.read_bytes().count(b"\n") < 450
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
+def test_a_killed_table_resumes_to_the_bytes_of_an_uninterrupted_one(tmp_path, model, killed, suffix, monkeypatch):
+    options = {"model": model, "device": "cpu", "batch_tokens": 400}
+    files, table = [killed / "in.fa"], tmp_path / f"o.{suffix}"
+    classify(files, output=table, **options)
+    whole = table.read_bytes()
+    assert whole.count(b"\n") == 502 + (suffix != "jsonl")
+    left = (killed / "o.tsv.part").read_bytes()
+    if suffix == "tsv":
+        assert whole.startswith(left[: left.rindex(b"\n") + 1])
+    else:
+        left = whole[: len(whole) // 3]
+    batch, seen = Classifier.batch, []
+    monkeypatch.setattr(Classifier, "batch", lambda self, tokens: seen.extend(tokens) or batch(self, tokens))
+    for end in (len(left), left.rindex(b"\n", 0, -9) + 5, 3):  # as it is, torn inside a row, torn inside the header
+        part = tmp_path / f"torn{end}.{suffix}.part"
+        part.write_bytes(left[:end])
+        seen.clear()
+        assert classify(files, output=part.with_suffix(""), resume=True, **options) == 2  # not all records are ok
+        assert part.with_suffix("").read_bytes() == whole
+        assert not part.exists()
+        assert len(seen) < 500 - left[:end].count(b"\n") + 40  # what was done is not done again, but one flush of it
+    assert classify(files, output=part.with_suffix(""), resume=True, **options) == 0  # it is whole
+
+
+def test_what_cannot_be_resumed_is_told_and_kept(tmp_path, model, make_model, killed):
+    left = (killed / "o.tsv.part").read_bytes()
+    (tmp_path / "o.tsv.part").write_bytes(left)
+    (tmp_path / "other.fa").write_text(fasta(30, 40))
+    (tmp_path / "short.fa").write_text((killed / "in.fa").read_text()[:300])
+    other_model = make_model(("left", "middle", "right"))
+    for file, options, message in [
+        (tmp_path / "other.fa", {}, "was not made from this input"),
+        (killed / "in.fa", {"model": other_model}, "was not made from this input by this model"),
+        (killed / "in.fa", {"output": tmp_path / "o.parquet"}, "Parquet and .gz are whole or nothing"),
+        (killed / "in.fa", {"output": tmp_path / "o.tsv.gz"}, "Parquet and .gz are whole or nothing"),
+        (killed / "in.fa", {"output": None}, "cannot be resumed"),
+    ]:
+        options = {"model": model, "output": tmp_path / "o.tsv", **options}
+        with pytest.raises(InputError, match=message) as error:
+            classify([file], device="cpu", resume=True, **options)
+        assert "\n" not in str(error.value)
+        assert (tmp_path / "o.tsv.part").read_bytes().startswith(left[: left.rindex(b"\n") + 1])
+    with TableWriter(tmp_path / "p.tsv", {"a": str}), pytest.raises(InputError, match="another process is writing"):
+        classify([killed / "in.fa"], model=model, output=tmp_path / "p.tsv", device="cpu")
