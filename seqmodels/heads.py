@@ -1,6 +1,7 @@
 """Models: a backbone and a head. Next or masked token, one label per sequence, one label per position."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from seqmodels.config import ModelConfig, MultiscaleConfig
 from seqmodels.errors import InputError
 from seqmodels.multiscale import Multiscale
 
+LOGITS = 1 << 23  # more logits than that are never held at once while training: 32 MiB in float32
 IGNORED = -100  # targets that do not count, as in torch.nn.functional.cross_entropy
 
 
@@ -26,6 +28,8 @@ def build(config: ModelConfig, seed: int | None = None) -> "LanguageModel | Sequ
 
 class Model(nn.Module):
     """What the three kinds of model share."""
+
+    ranks: Any = None  # sequence_parallel.Ranks, where ranks share each sequence
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -49,7 +53,8 @@ class Model(nn.Module):
 
     def terms(self, batch: dict[str, Tensor]) -> Tensor:
         """Over how many terms the loss of a batch is a mean: its weight beside other batches."""
-        return (batch["targets"] != IGNORED).sum()
+        terms = (batch["targets"] != IGNORED).sum()
+        return terms if self.ranks is None else self.ranks.total(terms)
 
 
 class LanguageModel(Model):
@@ -79,13 +84,8 @@ class LanguageModel(Model):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy in nats over targets that are not -100, and {bits, count}."""
-        logits, _ = self(
-            batch["ids"],
-            lengths=batch.get("lengths"),
-            seq_idx=batch.get("seq_idx"),
-            conditions=batch.get("conditions"),
-        )
-        loss, count = _cross_entropy(logits, batch["targets"])
+        x, _ = self.backbone(batch["ids"], None, batch.get("lengths"), batch.get("seq_idx"), batch.get("conditions"))
+        loss, _, count = _cross_entropy(x, self.lm_head, batch["targets"], self.ranks)
         return loss, {"bits": loss.detach() / math.log(2), "count": count}
 
 
@@ -141,6 +141,18 @@ class SequenceClassifier(Model):
         return self._score(state.summary, state.count)
 
     def _summarise(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Summary (b, d) and number (b,) of the real positions of x (b, l, d), of all ranks together."""
+        summary, count = self._summarise_own(x, lengths)
+        if self.ranks is None:
+            return summary, count
+        summaries, counts = self.ranks.gather(summary), self.ranks.gather(count)
+        if (pool := self.config.head.pool) == "last":  # of the last stretch that is not all padding
+            steps = torch.arange(1, len(counts) + 1, device=x.device)[:, None]
+            last = ((counts > 0) * steps).argmax(0)
+            return summaries.gather(0, last[None, :, None].expand(1, *summary.shape))[0], counts.sum(0)
+        return summaries.amax(0) if pool == "max" else summaries.sum(0), counts.sum(0)
+
+    def _summarise_own(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         b, l, _ = x.shape
         count = torch.full((b,), l, device=x.device) if lengths is None else lengths
         pool = self.config.head.pool
@@ -148,10 +160,10 @@ class SequenceClassifier(Model):
             index = (count - 1).clamp(min=0)[:, None, None].expand(b, 1, x.shape[2])
             return x.gather(1, index)[:, 0].double(), count
         if lengths is None:
-            return (x.amax(1).double() if pool == "max" else x.sum(1, dtype=torch.float32).double()), count
+            return (x.amax(1).double() if pool == "max" else x.sum(1, dtype=_wide_dtype(x)).double()), count
         real = (torch.arange(l, device=x.device) < lengths[:, None])[..., None]
         if pool != "max":
-            return (x * real).sum(1, dtype=torch.float32).double(), count
+            return (x * real).sum(1, dtype=_wide_dtype(x)).double(), count
         return x.masked_fill(~real, -math.inf).amax(1).double(), count
 
     def _score(self, summary: Tensor, count: Tensor) -> Tensor:
@@ -169,7 +181,8 @@ class SequenceClassifier(Model):
         """
         targets, lengths = batch["targets"], batch.get("lengths")
         x, _ = self.backbone(batch["ids"], None, lengths, None, batch.get("conditions"))
-        logits = self._score(*self._summarise(x, lengths)).float()
+        logits = self._score(*self._summarise(x, lengths))
+        logits = logits.to(_wide_dtype(logits))
         loss = F.cross_entropy(logits, targets)
         read = self._supervised(batch)
         if prefixes := read.shape[1]:
@@ -179,6 +192,8 @@ class SequenceClassifier(Model):
             scores = self._score(sums.flatten(0, 1), ends.repeat(len(x))).float()
             losses = F.cross_entropy(scores, targets.repeat_interleave(prefixes), reduction="none")
             loss = (loss * len(x) + (losses.view_as(read) * read).sum()) / (len(x) + read.sum())
+        if self.ranks is not None:  # all have the same loss; together they have its gradient once
+            loss = self.ranks.whole(loss / self.ranks.size)
         accuracy = (logits.detach().argmax(-1) == targets).float().mean()
         return loss, {"accuracy": accuracy, "count": torch.tensor(len(logits), device=logits.device)}
 
@@ -217,14 +232,79 @@ class PositionClassifier(Model):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy in nats over targets that are not -100, and {accuracy, count}."""
-        logits, _ = self(batch["ids"], lengths=batch.get("lengths"), seq_idx=batch.get("seq_idx"))
-        loss, count = _cross_entropy(logits, batch["targets"])
-        right = (logits.detach().argmax(-1) == batch["targets"]).sum()
+        x, _ = self.backbone(batch["ids"], None, batch.get("lengths"), batch.get("seq_idx"))
+        loss, right, count = _cross_entropy(self.dropout(x), self.score, batch["targets"], self.ranks)
         return loss, {"accuracy": right / count.clamp(min=1), "count": count}
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over targets that count (0 where none does), and how many do."""
-    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+def _cross_entropy(x: Tensor, head: nn.Linear, targets: Tensor, ranks: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean over targets (b, l) that count (0 where none does) of features (b, l, d); how many are right, and count."""
+    x, targets = x.flatten(0, 1), targets.flatten()
     count = (targets != IGNORED).sum()
-    return total / count.clamp(min=1), count
+    if len(targets) * head.out_features > LOGITS:
+        total, right = _ChunkedCrossEntropy.apply(x, head.weight, head.bias, targets)
+    else:
+        logits = head(x)
+        logits = logits.to(_wide_dtype(logits))
+        total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        right = (logits.detach().argmax(-1) == targets).sum()
+    if ranks is None:
+        return total / count.clamp(min=1), right, count
+    count = ranks.total(count)
+    return ranks.whole(total / count.clamp(min=1)), ranks.total(right), count
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 for such a tensor."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of x (l, d) @ weight (v, d)^T + bias, and how many targets (l,) have the largest logit.
+
+    The logits exist for LOGITS / v positions at a time, forward and again backward, where softmax(logits) - onehot is
+    their gradient. Products are taken in autocast's type, sums over positions in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        device = x.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.save_for_backward(x, weight, bias, targets)
+        total = torch.zeros((), dtype=_wide_dtype(x), device=x.device)
+        right = torch.zeros((), dtype=torch.int64, device=x.device)
+        for logits, part in _logits_in_chunks(x, weight, bias, ctx.dtype):
+            total += F.cross_entropy(logits, targets[part], ignore_index=IGNORED, reduction="sum")
+            right += (logits.argmax(-1) == targets[part]).sum()
+        ctx.mark_non_differentiable(right)
+        return total, right
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, weight, bias, targets = ctx.saved_tensors
+        narrow = weight.to(ctx.dtype)
+        exact = _wide_dtype(narrow)
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=exact)
+        dbias = None if bias is None else torch.zeros_like(bias, dtype=exact)
+        for logits, part in _logits_in_chunks(x, weight, bias, ctx.dtype):
+            counts = (targets[part] != IGNORED)[:, None]
+            dlogits = logits.softmax(-1)
+            dlogits.scatter_add_(1, targets[part, None].clamp(min=0), -counts.to(exact))
+            dlogits *= counts * dtotal
+            dx[part] = dlogits.to(ctx.dtype) @ narrow
+            dweight.addmm_(dlogits.T, x[part].to(exact))
+            if dbias is not None:
+                dbias += dlogits.sum(0)
+        return dx, dweight.to(weight.dtype), None if dbias is None else dbias.to(bias.dtype), None
+
+
+def _logits_in_chunks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, slice]]:
+    """Logits (positions, v), at least float32, of one stretch of positions after the other, and the stretch."""
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    size = max(1, LOGITS // len(weight))
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        logits = F.linear(x[part].to(dtype), weight, bias)
+        yield logits.to(_wide_dtype(logits)), part

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqmodels
-from seqmodels import presets
+from seqmodels import heads, presets
 from seqmodels.config import HeadConfig, ModelConfig
 from seqmodels.errors import InputError
 
@@ -112,3 +113,87 @@ def test_a_classifier_without_labels_is_refused():
     config = dataclasses.replace(classifier("mean").config, head=HeadConfig(task="sequence"))
     with pytest.raises(InputError, match="needs labels"):
         seqmodels.build(config)
+
+
+def with_logits(task):
+    """A model whose head gives 37 logits per position, and a batch of 2 x 50 positions, 20 of which do not count."""
+    labels = tuple(map(str, range(37))) if task == "position" else ()
+    config = dataclasses.replace(
+        classifier("mean").config,
+        vocab_size=37,
+        head=HeadConfig(task=task, labels=labels, dropout=0.5),
+        tie_embeddings=True,
+    )
+    ids = torch.randint(0, 37, (2, 50))
+    targets = torch.randint(0, 37, (2, 50))
+    targets[1, 30:] = -100
+    return seqmodels.build(config, seed=0), {"ids": ids, "targets": targets}
+
+
+@pytest.mark.parametrize("chunk", [1, 37 * 7, 37 * 99])
+@pytest.mark.parametrize("task", ["next_token", "position"])
+def test_a_loss_in_chunks_of_positions_is_the_loss_with_its_gradients(task, chunk, monkeypatch):
+    model, batch = with_logits(task)
+    model.double()
+    found = []
+    for limit in (10**9, chunk):
+        monkeypatch.setattr(heads, "LOGITS", limit)
+        torch.manual_seed(0)
+        loss, metrics = model.loss(batch)
+        found.append((loss, metrics, torch.autograd.grad(3 * loss, list(model.parameters()))))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_chunked_loss_has_the_gradients_of_the_definition_in_float64(bias, monkeypatch):
+    monkeypatch.setattr(heads, "LOGITS", 37 * 7)
+    x = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(37, dtype=torch.float64, requires_grad=True) if bias else None
+    targets = torch.randint(0, 37, (50,)).masked_fill(torch.arange(50) % 5 == 0, -100)
+    total, right = heads._ChunkedCrossEntropy.apply(x, weight, b, targets)
+    logits = F.linear(x, weight, b)
+    want = F.cross_entropy(logits, targets, reduction="sum")
+    inputs = [t for t in (x, weight, b) if t is not None]
+    torch.testing.assert_close(total, want, rtol=1e-13, atol=0)
+    assert right == (logits.argmax(-1) == targets).sum()
+    for got, expected in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(want, inputs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_the_chunked_loss_in_bfloat16_is_as_exact_as_the_plain_one(monkeypatch):
+    model, batch = with_logits("next_token")
+    truth = torch.autograd.grad(model.double().loss(batch)[0], model.lm_head.weight)[0]
+    model.float()
+    errors = []
+    for limit in (10**9, 37 * 7):
+        monkeypatch.setattr(heads, "LOGITS", limit)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.loss(batch)[0]
+        (gradient,) = torch.autograd.grad(loss, model.lm_head.weight)
+        assert gradient.dtype == torch.float32
+        errors.append((gradient - truth).norm() / truth.norm())
+    assert errors[1] < 1.1 * errors[0] < 0.03
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that an operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [result] if isinstance(result, torch.Tensor) else result if isinstance(result, (tuple, list)) else []
+        self.size = max([self.size, *(t.numel() for t in made if isinstance(t, torch.Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("task", ["next_token", "position"])
+def test_logits_of_all_positions_never_exist_at_once(task, monkeypatch):
+    model, batch = with_logits(task)
+    x = torch.randn(2, 50, 16)
+    monkeypatch.setattr(heads, "LOGITS", 37 * 20)
+    head = model.score if task == "position" else model.lm_head
+    with Largest() as largest:
+        heads._cross_entropy(x.requires_grad_(), head, batch["targets"], None)[0].backward()
+    assert largest.size == max(x.numel(), 37 * 20)
