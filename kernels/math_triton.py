@@ -9,19 +9,21 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def exp2(x):
     """2^x in float32: of a float32 exponent the GPU's approximation, 2e-7 off; of a float64 one to a rounding."""
-    if x.dtype == tl.float64:
-        x = tl.maximum(x, -200.0)  # float32 has nothing above 0 there; and not infinite, whose rest would be NaN
-        whole = tl.floor(x + 0.5)
-        v = (x - whole).to(tl.float32) * 0.69314718056
-        p = v * 1.984126984e-4 + 1.388888889e-3  # exp(v)'s series
-        p = p * v + 8.333333333e-3
-        p = p * v + 4.166666667e-2
-        p = p * v + 0.1666666667
-        p = p * v + 0.5
-        y = (p * v * v + v + 1.0) * tl.exp2(whole.to(tl.float32))
-    else:
-        y = tl.exp2(x)
-    return y
+    return rounded_exp2(x) if x.dtype == tl.float64 else tl.exp2(x)
+
+
+@triton.jit
+def rounded_exp2(x):
+    """2^x in float32, to a rounding."""
+    x = tl.maximum(x, -200.0)  # float32 has nothing above 0 there; and not infinite, whose rest would be NaN
+    whole = tl.floor(x + 0.5)
+    v = (x - whole).to(tl.float32) * 0.69314718056
+    p = v * 1.984126984e-4 + 1.388888889e-3  # exp(v)'s series
+    p = p * v + 8.333333333e-3
+    p = p * v + 4.166666667e-2
+    p = p * v + 0.1666666667
+    p = p * v + 0.5
+    return (p * v * v + v + 1.0) * tl.exp2(whole.to(tl.float32))
 
 
 @triton.jit
