@@ -29,8 +29,10 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAverag
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
+from seqmodels.backbone import Layer
 from seqmodels.checkpoint import read_json, read_tensors, resolve, save
 from seqmodels.config import ModelConfig, to_dict
 from seqmodels.errors import InputError
@@ -72,6 +74,8 @@ class TrainingConfig:
     "Batches whose gradients make one step."
     precision: Literal["32", "bf16"] = "32"
     "Arithmetic: float32, or bfloat16 with float32 weights."
+    recompute: bool = False
+    "Keep what enters each layer only, and compute the rest again going back: less memory, about a third more time."
     ema_decay: float = 0.0
     "Decay of the exponential moving average of the weights that is validated and kept; 0 means none."
     validate_every: int = 200
@@ -111,6 +115,8 @@ def fit(
     model = build(config, seed=training.seed)
     if start_from is not None and last is None:
         _take_over(model, start_from)
+    if training.recompute:
+        recompute_layers(model)
     task = _Task(model, data, training)
     kept: dict[str, Any] = {"dirpath": run / "checkpoints", "enable_version_counter": False}
     checkpoints = [
@@ -177,6 +183,13 @@ def _take_over(model: Model, start_from: str) -> None:
 
 def _settings(training: TrainingConfig) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(training).items() if k not in ("resume", "device", "num_workers")}
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """From now on the layers of a model keep their inputs only, and compute what gradients need again going back."""
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -271,7 +284,7 @@ class _Task(pl.LightningModule):
             fits = self._length_that_fits(widest)
             raise InputError(
                 f"{where}: a sequence of {length} tokens does not fit into memory; by what shorter ones took, "
-                f"{fits} tokens would fit: use shorter sequences, or a smaller model"
+                f"{fits} tokens would fit: use shorter sequences, --training.recompute or a smaller model"
             )
         self.parts *= 2
         print(f"{where}: out of memory; each batch is read in {self.parts} parts from now on", file=sys.stderr)
