@@ -7,6 +7,7 @@ own outputs. So two small exchanges per op, and every gradient is exact (kernels
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,7 @@ def across(op: Callable, setup_context: Callable, backward: Callable, end: Calla
         @staticmethod
         def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> Any:
             exchange = ctx.exchange
+            ctx = SimpleNamespace(saved_tensors=ctx.saved_tensors, **vars(ctx))  # recomputed tensors are given once
             F = _if_continuing(exchange, start_gradient(ctx, dy))
             starts, finals = exchange.gather(torch.stack([F, dfinal])).unbind(1)
             G = finals.sum(0)

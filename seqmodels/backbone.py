@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqmodels.config import BackboneConfig, ConditionConfig, KmerConfig, MixerConfig
+from seqmodels.kernels.across import windows
 from seqmodels.kernels.packing import starts_of_sequences
 from seqmodels.kernels.rms_norm import rms_norm
-from seqmodels.mixers import OwnState, build_mixer, is_causal
+from seqmodels.mixers import OwnState, build_mixer, hold_over_padding, is_causal
 
 
 class RMSNorm(nn.Module):
@@ -102,10 +103,6 @@ class Layers(nn.Module):
         self, x: Tensor, state: tuple | None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, tuple]:
         """(b, l, d) -> (b, l, d) and one state per layer."""
-        if lengths is not None and seq_idx is not None:  # padding belongs to the last real sequence: no reset there
-            last = seq_idx.gather(1, (lengths[:, None] - 1).clamp(min=0))
-            steps = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-            seq_idx = torch.where(steps < lengths[:, None], seq_idx, last)
         residual, states = None, []
         for i, layer in enumerate(self.layers):
             x, residual, layer_state = layer(x, residual, None if state is None else state[i], lengths, seq_idx)
@@ -138,6 +135,7 @@ class KmerEmbedding(nn.Module):
     """Embeddings of the k-mer that ends at each step: ids (b, l) -> (b, l, d), and the last k - 1 ids as state."""
 
     digits: Tensor
+    ranks: Any = None  # sequence_parallel.Ranks, where ranks share each sequence
 
     def __init__(self, config: KmerConfig, vocab_size: int, d_model: int) -> None:
         super().__init__()
@@ -153,7 +151,11 @@ class KmerEmbedding(nn.Module):
         self, ids: Tensor, recent: Tensor | None, lengths: Tensor | None, seq_idx: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """recent: (b, k - 1) ids before the first, -1 where there are none, as is meant by None."""
-        past, l = self.k - 1, ids.shape[1]
+        past, l, after = self.k - 1, ids.shape[1], None
+        if self.ranks is not None:
+            exchange, first = self.ranks.exchange(lengths, seq_idx), None if recent is None else recent[..., None]
+            found = windows(exchange, ids[..., None], past, first, lengths, seq_idx, fill=-1)
+            recent, after = (t[..., 0] for t in found)
         recent = ids.new_full((len(ids), past), -1) if recent is None else recent
         ids = torch.cat([recent, ids], 1)
         digits = torch.where(ids >= 0, self.digits[ids.clamp(min=0)], -1)
@@ -171,7 +173,7 @@ class KmerEmbedding(nn.Module):
         recent = ids.gather(1, last)
         if run is not None:  # what lies before the last sequence is not part of its words
             recent = torch.where(run.gather(1, last) == run.gather(1, end + past - 1), recent, -1)
-        return self.proj(self.table(word)), recent
+        return self.proj(self.table(word)), recent if after is None else after
 
 
 class BackboneState(NamedTuple):
@@ -206,6 +208,7 @@ class Backbone(Layers):
         conditions: Tensor | None = None,
     ) -> tuple[Tensor, BackboneState]:
         """(b, l) -> (b, l, d) and the state after the last real step."""
+        seq_idx = None if seq_idx is None else hold_over_padding(seq_idx, lengths)
         x, recent = self.conditions(self.embedding(ids), conditions), None
         if self.kmer is not None:
             words, recent = self.kmer(ids, None if state is None else state.recent, lengths, seq_idx)

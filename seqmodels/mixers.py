@@ -23,6 +23,7 @@ from seqmodels.config import (
     RNNConfig,
 )
 from seqmodels.errors import InputError
+from seqmodels.kernels.across import Exchange, windows
 from seqmodels.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from seqmodels.kernels.layer_step import mamba2_layer_step, mamba_layer_step
 from seqmodels.kernels.packing import starts_of_sequences
@@ -68,6 +69,8 @@ def is_causal(config: MixerConfig) -> bool:
 class Mamba(nn.Module):
     """Mamba (S6): in_proj -> causal convolution -> selective scan with input-dependent dt, B, C -> gate -> out_proj."""
 
+    ranks: Any = None  # sequence_parallel.Ranks, where ranks share each sequence
+
     def __init__(self, config: MambaConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
@@ -90,8 +93,9 @@ class Mamba(nn.Module):
         """(b, l, d) -> (b, l, d) and the state after the last real step."""
         n = self.config.d_state
         x, z = self.in_proj(x).chunk(2, -1)
-        one_step = _is_step(x, state, lengths, seq_idx)
-        x, conv_state = _convolve(self.conv1d, x, state, lengths, seq_idx, one_step)
+        exchange = None if self.ranks is None else self.ranks.exchange(lengths, seq_idx)
+        one_step = exchange is None and _is_step(x, state, lengths, seq_idx)
+        x, conv_state = _convolve(self.conv1d, x, state, lengths, seq_idx, one_step, exchange)
         dt, B, C = self.x_proj(x).split([self.dt_rank, n, n], -1)
         dt = F.linear(dt, self.dt_proj.weight)
         A = -_wide(self.A_log).exp()
@@ -104,7 +108,7 @@ class Mamba(nn.Module):
         dt, options = _mask_dt(dt, bias, (0.0, math.inf), lengths)
         y, ssm = selective_scan(
             x, dt, A, B[:, :, None], C[:, :, None], D, z, **options,
-            initial_state=None if state is None else state.ssm, seq_idx=seq_idx,
+            initial_state=None if state is None else state.ssm, seq_idx=seq_idx, exchange=exchange,
         )  # fmt: skip
         return self.out_proj(y), SSMState(conv_state, ssm)
 
@@ -122,6 +126,8 @@ class Mamba(nn.Module):
 
 class Mamba2(nn.Module):
     """Mamba-2 (SSD): in_proj -> causal convolution over x, B, C -> SSD -> gated RMSNorm -> out_proj."""
+
+    ranks: Any = None  # as in Mamba
 
     def __init__(self, config: Mamba2Config, d_model: int) -> None:
         super().__init__()
@@ -152,13 +158,14 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, SSMState]:
         """(b, l, d) -> (b, l, d) and the state after the last real step."""
         config = self.config
-        if state is not None and _is_step(x, state, lengths, seq_idx) and self._compiled_step_takes(x, state):
+        exchange = None if self.ranks is None else self.ranks.exchange(lengths, seq_idx)
+        one_step = exchange is None and _is_step(x, state, lengths, seq_idx)
+        if one_step and state is not None and self._compiled_step_takes(x, state):
             return self._compiled_step(x, state)
         inner = self.splits[0]
         g, n = config.n_groups, config.d_state
         z, xBC, dt = self.in_proj(x).split(self.splits, -1)
-        one_step = _is_step(xBC, state, lengths, seq_idx)
-        xBC, conv_state = _convolve(self.conv1d, xBC, state, lengths, seq_idx, one_step)
+        xBC, conv_state = _convolve(self.conv1d, xBC, state, lengths, seq_idx, one_step, exchange)
         x, B, C = xBC.split([inner, g * n, g * n], -1)
         x = x.unflatten(-1, (-1, config.head_dim))
         B, C = B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
@@ -174,7 +181,7 @@ class Mamba2(nn.Module):
             dt, options = _mask_dt(dt, bias, config.dt_limit, lengths)
             y, ssm = ssd(
                 x, dt, A, B, C, D, **options, chunk_size=config.chunk_size,
-                initial_state=None if state is None else state.ssm, seq_idx=seq_idx,
+                initial_state=None if state is None else state.ssm, seq_idx=seq_idx, exchange=exchange,
             )  # fmt: skip
         y = y.flatten(-2)
         if config.gated_norm:
@@ -241,9 +248,18 @@ class Bidirectional(nn.Module):
         if lengths is not None:
             order = order - (x.shape[1] - lengths[:, None])
             order = torch.where(order < 0, order + x.shape[1], order)
-        reversed_idx = None if seq_idx is None else seq_idx.gather(1, order)
+        reversed_idx = None if seq_idx is None else hold_over_padding(seq_idx.gather(1, order), lengths)
         backward, _ = self.mamba_rev(_reorder(x, order), None, lengths, reversed_idx)
         return forward + _reorder(backward, _inverse(order)), None
+
+
+def hold_over_padding(seq_idx: Tensor, lengths: Tensor | None) -> Tensor:
+    """seq_idx (b, l) whose padding belongs to the last real sequence, so that nothing resets there."""
+    if lengths is None:
+        return seq_idx
+    last = seq_idx.gather(1, (lengths[:, None] - 1).clamp(min=0))
+    steps = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+    return torch.where(steps < lengths[:, None], seq_idx, last)
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
@@ -272,13 +288,17 @@ def _is_step(x: Tensor, state: Any, lengths: Tensor | None, seq_idx: Tensor | No
 
 
 def _convolve(
-    conv: nn.Conv1d, x: Tensor, state: SSMState | None, lengths: Tensor | None, seq_idx: Tensor | None, one_step: bool
-) -> tuple[Tensor, Tensor]:
+    conv: nn.Conv1d, x: Tensor, state: SSMState | None, lengths: Tensor | None, seq_idx: Tensor | None, one_step: bool,
+    exchange: Exchange | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Causal depthwise convolution and SiLU, with the window after the last real step."""
     weight, initial = conv.weight[:, 0], None if state is None else state.conv
     if one_step:
         y, window = causal_conv1d_step(x[:, 0], weight, conv.bias, activation="silu", state=initial)
         return y[:, None], window
+    if exchange is not None:
+        before, window = windows(exchange, x, weight.shape[1] - 1, initial, lengths, seq_idx)
+        return causal_conv1d(x, weight, conv.bias, activation="silu", initial_state=before, seq_idx=seq_idx)[0], window
     y, window = causal_conv1d(x, weight, conv.bias, activation="silu", initial_state=initial, seq_idx=seq_idx)
     if lengths is None:
         return y, window
