@@ -1,7 +1,9 @@
 """Training through Lightning: parameter groups, schedule, validation, checkpoints, and exact resume.
 
-A data set is anything with `train_batch(step)`, a pure function of the step, and `validation_batches()`. Together with
-dropout seeded by the step this makes a resumed run repeat the uninterrupted one, also after a kill.
+A data set is anything with `train_batch(number)`, a pure function of the number, and `validation_batches()`. Step s
+reads the batches s * a * w ... (s + 1) * a * w - 1, for `accumulate` a and w processes, of which process r takes every
+w-th from r on: two processes make the steps of one with twice the `accumulate`. Dropout is seeded by the number. This
+makes a resumed run repeat the uninterrupted one, also after a kill.
 
 What goes wrong on the way: a loss or gradient that is no number ends the run before it reaches the weights; a batch
 that does not fit into the GPU's memory is read in parts, whose gradients add up to the same step.
@@ -17,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
@@ -86,6 +91,12 @@ class TrainingConfig:
     "Seed of the initial weights and of dropout."
     device: Literal["auto", "cpu", "cuda"] = "auto"
     "Where to train."
+    devices: int = 1
+    "GPUs (or processes on a CPU) per node. Each reads its own batches: accumulate * devices * num_nodes make a step."
+    num_nodes: int = 1
+    "Machines; start the same command on each with torchrun, which then also says how many processes there are."
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    "How several devices share: ddp (also auto) copies the model to each; fsdp2 splits weights and optimizer state too."
     num_workers: int = 0
     "Processes that prepare batches; 0 means the training process itself."
     keep: Literal["best", "last"] = "best"
@@ -111,13 +122,14 @@ def fit(
 
     The run folder also holds run.json (both configurations), logs/ (CSV and TensorBoard) and checkpoints/.
     """
+    training = _as_started(training)
     last = _prepare_run(config, training, run)
     model = build(config, seed=training.seed)
     if start_from is not None and last is None:
         _take_over(model, start_from)
     if training.recompute:
         recompute_layers(model)
-    task = _Task(model, data, training)
+    task = (_ShardedTask if training.strategy == "fsdp2" else _Task)(model, data, training)
     kept: dict[str, Any] = {"dirpath": run / "checkpoints", "enable_version_counter": False}
     checkpoints = [
         ModelCheckpoint(filename="best", monitor="val_loss", save_on_train_epoch_end=True, **kept),
@@ -134,7 +146,10 @@ def fit(
             max_steps=training.max_steps,
             max_epochs=-1,
             accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[training.device],
-            devices=1,
+            devices=training.devices,
+            num_nodes=training.num_nodes,
+            strategy=_strategy(training),
+            use_distributed_sampler=False,  # the task gives each process its own batches
             precision={"32": "32-true", "bf16": "bf16-mixed"}[training.precision],  # pyright: ignore
             reload_dataloaders_every_n_epochs=1,  # an epoch is what lies between two validations
             num_sanity_val_steps=0,
@@ -148,18 +163,50 @@ def fit(
         if trainer.accelerator.auto_device_count() and trainer.strategy.root_device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         trainer.fit(task, ckpt_path=last, weights_only=True if last else None)
+    if not trainer.is_global_zero:
+        return run / "model"
     kept_weights = torch.load(run / "checkpoints" / f"{training.keep}.ckpt", map_location="cpu", weights_only=True)
     prefix = "model."
+    model = build(config)
     model.load_state_dict(
         {k.removeprefix(prefix): v for k, v in kept_weights["state_dict"].items() if k.startswith(prefix)}
     )
     return save(model, run / "model", card=card or None, dtype=getattr(torch, training.weights))
 
 
+def first_process() -> bool:
+    """Whether this is the one process, or the first of several that train together: the one that writes and reports."""
+    return rank_zero_only.rank == 0
+
+
+def _as_started(training: TrainingConfig) -> TrainingConfig:
+    """With the numbers of processes that torchrun has started, if it has."""
+    started, here = os.environ.get("TORCHELASTIC_RUN_ID"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if started is not None:
+        nodes = int(os.environ["WORLD_SIZE"]) // here
+        training = dataclasses.replace(training, devices=here, num_nodes=nodes)
+    if training.strategy == "fsdp2" and training.ema_decay:
+        raise InputError(
+            "fsdp2 keeps no moving average of weights; give --training.ema-decay 0 or --training.strategy ddp"
+        )
+    return training
+
+
+def _strategy(training: TrainingConfig) -> Any:
+    world = training.devices * training.num_nodes
+    if training.strategy == "fsdp2":
+        return ModelParallelStrategy(
+            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    return "ddp" if world > 1 else "auto"
+
+
 def _prepare_run(config: ModelConfig, training: TrainingConfig, run: Path) -> Path | None:
     """Create the run folder, or check that the one to resume was started the same way; its last checkpoint if any."""
     settings = {"model": to_dict(config), "training": _settings(training)}
     record, last = run / "run.json", run / "checkpoints" / "last.ckpt"
+    if not first_process():
+        return last if last.exists() else None
     if record.exists() and not training.resume:
         raise InputError(f"{run}: a run is already here; resume it with --training.resume or choose another folder")
     if record.exists() and read_json(record) != json.loads(json.dumps(settings)):
@@ -178,7 +225,8 @@ def _take_over(model: Model, start_from: str) -> None:
                 taken.append(name)
     if not taken:
         raise InputError(f"{start_from}: no tensor of this checkpoint fits the new model; check the sizes of both")
-    print(f"took {len(taken)} of {len(tensors)} tensors from {start_from}", file=sys.stderr)
+    if first_process():
+        print(f"took {len(taken)} of {len(tensors)} tensors from {start_from}", file=sys.stderr)
 
 
 def _settings(training: TrainingConfig) -> dict[str, Any]:
@@ -210,17 +258,16 @@ def schedule(step: int, max_steps: int, warmup: float) -> float:
 
 
 class _Steps(Dataset):
-    """Steps first, first + 1, ... as a map-style data set: of each the batches whose gradients make it."""
+    """Steps first, first + 1, ... as a map-style data set: of each this process's batches, whose gradients make it."""
 
-    def __init__(self, data: TrainingData, first: int, count: int, accumulate: int) -> None:
-        self.data, self.first, self.count, self.accumulate = data, first, count, accumulate
+    def __init__(self, data: TrainingData, first: int, count: int, numbers: Callable[[int], range]) -> None:
+        self.data, self.first, self.count, self.numbers = data, first, count, numbers
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> list[Batch]:
-        start = (self.first + index) * self.accumulate
-        return [self.data.train_batch(start + i) for i in range(self.accumulate)]
+        return [self.data.train_batch(number) for number in self.numbers(self.first + index)]
 
 
 class _Task(pl.LightningModule):
@@ -234,12 +281,17 @@ class _Task(pl.LightningModule):
 
     def train_dataloader(self) -> DataLoader:
         training, done = self.training_config, self.trainer.global_step
-        steps = _Steps(self.data, done, min(training.validate_every, training.max_steps - done), training.accumulate)
+        numbers = partial(_numbers, training.accumulate, self.trainer.global_rank, self.trainer.world_size)
+        steps = _Steps(self.data, done, min(training.validate_every, training.max_steps - done), numbers)
         pin = self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(steps, batch_size=None, num_workers=training.num_workers, pin_memory=pin)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.data.validation_batches(), batch_size=None)  # pyright: ignore
+        batches, rank, world = self.data.validation_batches(), self.trainer.global_rank, self.trainer.world_size
+        own = [(batch, True) for batch in batches[rank::world]]
+        if len(own) < -(-len(batches) // world):  # all processes take as many; this one does not count
+            own.append((batches[0], False))
+        return DataLoader(own, batch_size=None)  # pyright: ignore
 
     def training_step(self, batches: list[Batch], batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
@@ -260,24 +312,36 @@ class _Task(pl.LightningModule):
 
     def _gradients(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Adds up the gradients of the mean of the batches' losses; that mean, and those of the metrics."""
-        step, values = self.trainer.global_step, dict[str, Tensor]()
-        for i, batch in enumerate(batches):
+        trainer, values = self.trainer, dict[str, Tensor]()
+        numbers = _numbers(len(batches), trainer.global_rank, trainer.world_size, trainer.global_step)
+        for number, batch in zip(numbers, batches, strict=True):
             # dropout depends on the batch's number alone, so that a resumed run repeats it
-            torch.manual_seed(self.training_config.seed * 1_000_003 + step * len(batches) + i)
+            torch.manual_seed(self.training_config.seed * 1_000_003 + number)
             parts = _split(batch, self.parts)
             terms = [self.model.terms(part) for part in parts]
             for part, own in zip(parts, terms, strict=True):
                 share = own / (sum(terms).clamp(min=1) * len(batches))
                 loss, metrics = self.model.loss(part)
-                with torch.autocast(loss.device.type, enabled=False):
+                last = number == numbers[-1] and part is parts[-1]
+                with torch.autocast(loss.device.type, enabled=False), nullcontext() if last else self._apart():
                     self.manual_backward(loss * share)
                 for name, value in {"loss": loss.detach(), **metrics}.items():
                     values[name] = values.get(name, 0) + share * value.detach()
         del values["count"]
-        return values
+        return {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in values.items()}
+
+    def _apart(self) -> Any:
+        """A context in which gradients stay in this process: they are exchanged once per step."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     def _halve(self, batches: list[Batch]) -> None:
         """Cuts this and all later batches into twice as many parts, or says that one sequence is too long."""
+        if self.trainer.world_size > 1:
+            raise InputError(
+                "out of memory, and several processes cannot cut a batch into parts while the others wait: use smaller "
+                "batches, and a larger --training.accumulate"
+            )
         where, widest = f"step {self.trainer.global_step + 1}", max(batches, key=lambda batch: batch["ids"].shape[1])
         if self.parts >= max(len(batch["ids"]) for batch in batches):
             length = widest["ids"].shape[1]
@@ -322,10 +386,10 @@ class _Task(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.parts = checkpoint.get("parts", 1)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss, metrics = self.model.loss(batch)
+    def validation_step(self, batch: tuple[Batch, bool], batch_idx: int) -> None:
+        loss, metrics = self.model.loss(batch[0])
         shown = {f"val_{k}": v.float() for k, v in metrics.items() if k != "count"}
-        self.log_dict({"val_loss": loss, **shown}, batch_size=int(metrics["count"]))
+        self.log_dict({"val_loss": loss, **shown}, batch_size=int(metrics["count"]) * batch[1], sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         training = self.training_config
@@ -336,6 +400,22 @@ class _Task(pl.LightningModule):
             optimizer, lambda step: schedule(step, training.max_steps, training.warmup)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class _ShardedTask(_Task):
+    """The same with weights, gradients and optimizer state split over the processes (FSDP2), layer by layer."""
+
+    def configure_model(self) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, Layer):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+        register_fsdp_forward_method(self.model, "loss")
+
+
+def _numbers(accumulate: int, rank: int, world: int, step: int) -> range:
+    """Numbers of the batches of a step that a process takes."""
+    return range(step * accumulate * world + rank, (step + 1) * accumulate * world, world)
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:
@@ -385,6 +465,8 @@ class _ReportLines(Callback):
         self.started, self.first = time.monotonic(), trainer.global_step
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         seconds = time.monotonic() - self.started
         rate = (trainer.global_step - self.first) / max(seconds, 1e-9)
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
@@ -399,6 +481,7 @@ def _quiet_lightning() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing here works in place on its outputs
         warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
         for logger in loggers:
             logger.setLevel(logging.WARNING)

@@ -13,7 +13,7 @@ from seqmodels.presets import multiscale_mamba2
 from seqmodels.tasks.audio.datasets import ClipData, tokenise
 from seqmodels.tasks.audio.tables import open_recordings, parse_conditions, split_rows, test_rule
 from seqmodels.tasks.audio.waveform import MuLaw
-from seqmodels.training import TrainingConfig, fit
+from seqmodels.training import TrainingConfig, first_process, fit
 
 SPEEDS = (94, 97, 103, 106)  # percent of the recorded speed, pitch included
 
@@ -88,9 +88,11 @@ def train(
     build(config)  # refuses sizes that do not fit before anything is written
     counts = f"{examples.train.clips} clips to train on, {examples.validation.clips} to validate"
     labels = ", ".join(f"{c.name} ({len(c.values)})" for c in conditions) or "none"
-    print(f"{counts}; labels: {labels}; {examples.steps_per_epoch()} batches per epoch", file=sys.stderr)
+    if first_process():
+        print(f"{counts}; labels: {labels}; {examples.steps_per_epoch()} batches per epoch", file=sys.stderr)
     folder = fit(config, examples, training, run)
-    print(folder)
+    if first_process():
+        print(folder)
 
 
 def load_data(folder: Path, config: DataConfig) -> tuple[ClipData, tuple[ConditionConfig, ...], MuLaw]:

@@ -11,7 +11,7 @@ from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.datasets import RecordData, parse_lengths, training_data
 from seqmodels.tasks.genomics.labelled import load_labelled
 from seqmodels.tasks.genomics.tokens import TOKENIZER, VOCAB_SIZE, VOCABULARY
-from seqmodels.training import TrainingConfig, fit
+from seqmodels.training import TrainingConfig, first_process, fit
 
 Mixer = Literal["mamba", "mamba2", "attention", "lstm"]
 
@@ -109,10 +109,12 @@ def train(
         else "windows of " + ", ".join(str(n) for n in served.lengths)
     )
     bases = sum(len(tokens) for tokens in records.tokens)
-    print(f"{len(records.names)} records, {bases} bases, {len(records.classes)} classes, {what}", file=sys.stderr)
+    if first_process():
+        print(f"{len(records.names)} records, {bases} bases, {len(records.classes)} classes, {what}", file=sys.stderr)
     card = _card(data, records.classes, what, reverse_complement, bases, training)
     model = fit(config, served, training, run, card=card, start_from=start_from)
-    print(model)
+    if first_process():
+        print(model)
     return 0
 
 
