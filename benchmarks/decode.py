@@ -126,10 +126,10 @@ def main() -> None:
                 ratios = " ".join(f"{ratio:.2f}" for ratio in row.get("ratio", {}).values())
                 figures = f"{ms:8.4f} {row['floor_ms']:8.4f} {row['tokens_per_s']:10,} {ratios:>15}"
                 print(f"{mixer:8} {b:4} {name:12} {implementation:10} {figures}", flush=True)
+            record.write_rows(f"{gpu.removeprefix('NVIDIA ').lower().replace(' ', '-')}/decode", rows)
             del steps
             gc.collect()
             torch.cuda.empty_cache()
-    record.write_rows(f"{gpu.removeprefix('NVIDIA ').lower().replace(' ', '-')}/decode", rows)
 
 
 if __name__ == "__main__":
