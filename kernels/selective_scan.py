@@ -402,11 +402,17 @@ def _at_edge(v, *others):
 
 
 def _end_state(x, dt, A, B, dt_bias, resets, dt_softplus, low, high) -> tuple[Tensor, Tensor]:
+    form = triton_form("selective_scan", x) if x.is_cuda else None
+    if form is not None:
+        return form.end_state(x, dt, A, B, dt_bias, resets, dt_softplus, low, high)
     dt = step_size(dt, dt_bias, dt_softplus, (low, high), _state_dtype(x))
     return _at_edge(x.to(dt.dtype) * dt, dt, A, B, resets, True)
 
 
 def _start_gradient(dy, dt, A, C, z, dt_bias, resets, dt_softplus, low, high) -> Tensor:
+    form = triton_form("selective_scan", dy) if dy.is_cuda else None
+    if form is not None:
+        return form.start_gradient(dy, dt, A, C, z, dt_bias, resets, dt_softplus, low, high)
     dtype = _state_dtype(dy)
     dt, dy = step_size(dt, dt_bias, dt_softplus, (low, high), dtype), dy.to(dtype)
     return _at_edge(dy if z is None else dy * F.silu(z.to(dtype)), dt, A, C, resets, False)[0]

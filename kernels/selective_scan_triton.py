@@ -327,9 +327,12 @@ def _walk_back(
     e: tl.constexpr, n: tl.constexpr, dy_l: tl.constexpr, dt_l: tl.constexpr, z_l: tl.constexpr,
     C_l: tl.constexpr, C_g: tl.constexpr, GROUPS: tl.constexpr,
     N: tl.constexpr, E: tl.constexpr, T: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, EMPTY: tl.constexpr,
 ):  # fmt: skip
-    """Walks segments 1, 2, ... backwards from adjoint zero, to what leaves their first step, and their sums of dt."""
+    """Walks segments 1, 2, ... backwards from adjoint zero, to what leaves their first step, and their sums of dt.
+
+    The first EMPTY segments have no steps.
+    """
     BLOCKS: tl.constexpr = (e // GROUPS + E - 1) // E
     pid = tl.program_id(0)
     segment = (pid // (GROUPS * BLOCKS)) % (segments - 1) + 1
@@ -337,7 +340,7 @@ def _walk_back(
     group = pid % (GROUPS * BLOCKS) // BLOCKS
     o_e, m_e, o_n, e_h, n_h, m_h, A, bias = _place(A_ptr, bias_ptr, one, group, pid % BLOCKS, e, n, GROUPS, N, E)
     here, row = None if (e // GROUPS) % E == 0 else m_e, None if n == N else o_n < n
-    first = segment.to(tl.int64) * per_segment * STEPS
+    first = (segment - EMPTY).to(tl.int64) * per_segment * STEPS
     dy_ptr += (i_b * dy_b + first) * dy_l
     dt_ptr += (i_b * dt_b + first) * dt_l
     C_ptr += (i_b * C_b + first) * C_l + group * C_g
@@ -1117,7 +1120,7 @@ def backward(
         batch, rows = _strides(dy=dy, dt=dt, z=z, C=C)
         _run(
             _walk_back, b * (segments - 1) * programs, (dy, dt, A_t, C, z, dt_bias, resets, carries, total),
-            l, 1, segments, per_segment, low, high, *batch, **rows, **walk, **options, maxnreg=registers,
+            l, 1, segments, per_segment, low, high, *batch, **rows, **walk, **options, EMPTY=0, maxnreg=registers,
         )  # fmt: skip
     _run_chain(carries, total, A, dfinal, _broken(resets, segments, per_segment * STEPS), segments, 1, True)
     if narrow:
@@ -1197,3 +1200,64 @@ def _exact_gradients(
         NH=NH, NL=NL, EH=EH, EL=EL, W=W, T=TURN, R=min(ROWS, piece), PIECE=piece, **options, num_warps=warps,
     )  # fmt: skip
     return _added(dB, dtypes[0]), _added(dC, dtypes[1])
+
+
+def end_state(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, resets: Tensor | None, softplus: bool,
+    low: float, high: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The final state (b, e, n) from zero, and the decay over all steps."""
+    return _at_edge(x, dt, A, B, None, dt_bias, resets, softplus, low, high, True)
+
+
+def start_gradient(
+    dy: Tensor, dt: Tensor, A: Tensor, C: Tensor, z: Tensor | None, dt_bias: Tensor | None, resets: Tensor | None,
+    softplus: bool, low: float, high: float,
+) -> Tensor:  # fmt: skip
+    """The gradient (b, e, n) of the initial state, from that of y."""
+    return _at_edge(dy, dt, A, C, z, dt_bias, resets, softplus, low, high, False)[0]
+
+
+def _at_edge(v, dt, A, m, z, dt_bias, resets, softplus, low, high, at_end):
+    """The walks from zero and their chain, with one more segment, without steps, beyond the edge."""
+    (b, l, e), n, groups = v.shape, A.shape[1], m.shape[2]
+    v, dt, z, m = _rows(v), _rows(dt), _rows(z), _rows(m.float())
+    A, A_t, dt_bias = A.contiguous(), A.t().contiguous(), None if dt_bias is None else dt_bias.contiguous()
+    resets = None if resets is None else resets.contiguous().view(torch.uint8)
+    N = max(triton.next_power_of_2(n), 4)
+    E, warps, registers = _width(e // groups, N)
+    programs = groups * triton.cdiv(e // groups, E)
+    chunks = triton.cdiv(l, STEPS)
+    per_segment = _per_segment(b * chunks * programs, LONGEST, warps, registers, v.device)
+    segments = triton.cdiv(chunks, per_segment)
+    row = per_segment if at_end else 1
+    rows_of_states = segments * row + 1
+    states = torch.empty(b, rows_of_states, n, e, dtype=torch.float32, device=v.device)
+    total = torch.empty(b, segments + 1, e, dtype=torch.float32, device=v.device)
+    limited = not (softplus and (low, high) == (0.0, math.inf))
+    options = {
+        "e": e, "n": n, "GROUPS": groups, "N": N, "E": E, "T": UNROLL, "STEPS": STEPS, "STAGES": STAGES,
+        "SOFTPLUS": softplus, "LIMITED": limited, "num_warps": warps, "maxnreg": registers,
+    }  # fmt: skip
+    broken = _broken(resets, segments, per_segment * STEPS)
+    if at_end:
+        batch, rows = _strides(x=v, dt=dt, z=None, B=m, C=m)
+        _run(
+            _walk, b * segments * programs,
+            (v, dt, A_t, m, m, None, None, dt_bias, None, resets, states, total, states, states),
+            l, 1, segments + 1, per_segment, rows_of_states, low, high, *batch, **rows, **options, OUTPUT=False,
+        )  # fmt: skip
+    else:
+        batch, rows = _strides(dy=v, dt=dt, z=z, C=m)
+        _run(
+            _walk_back, b * segments * programs, (v, dt, A_t, m, z, dt_bias, resets, states, total),
+            l, 1, segments + 1, per_segment, low, high, *batch, **rows, **options, EMPTY=1,
+        )  # fmt: skip
+    if broken is not None:
+        broken = torch.nn.functional.pad(broken, (0, 1) if at_end else (1, 0))
+    _run_chain(states, total, A, None, broken, segments + 1, row, not at_end)
+    steps = total[:, :segments] if at_end else total[:, 1:]
+    decay = (steps.sum(1)[..., None] * A.float()).exp()
+    if resets is not None:
+        decay = decay * (resets == 0).all(1)[:, None, None]
+    return states[:, -1 if at_end else 0].mT.contiguous(), decay

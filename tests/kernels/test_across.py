@@ -1,10 +1,10 @@
 """Scans in stretches: what a stretch does to the state and to the adjoint, and what passes between stretches."""
 
-
 import pytest
 import torch
 
 from seqmodels.kernels import selective_scan as scan_file
+from seqmodels.kernels.packing import starts_of_sequences
 from seqmodels.kernels.selective_scan import selective_scan, selective_scan_end_state, selective_scan_start_gradient
 from seqmodels.kernels.ssd import ssd, ssd_end_state, ssd_start_gradient
 
@@ -79,3 +79,44 @@ def test_ssds_triton_kernels_find_the_same_end_state_and_start_gradient(monkeypa
     got = (*ssd_triton.end_state(x, dt, A, B, *options), ssd_triton.start_gradient(dy, dt, A, C, *options))
     for ours, right in zip(got, want, strict=True):
         assert (ours.double() - right).norm() <= 1e-6 * right.norm() + 1e-30
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.usefixtures("nan_in_fresh_memory")
+@pytest.mark.parametrize("shape", [{"b": 2, "l": 45}, {"b": 1, "l": 32, "heads": 6, "g": 1}, {"b": 1, "l": 3}])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_selective_scans_triton_kernels_find_the_same(monkeypatch, packed, shape):
+    triton = pytest.importorskip("seqmodels.kernels.selective_scan_triton")
+    monkeypatch.setattr(triton, "STEPS", 8)  # several segments after few steps
+    monkeypatch.setattr(triton, "_processors", lambda device: 1)
+    inputs, others, _ = make("scan", p=6, **shape)
+    x, dt, A, B, C, bias = (*inputs.values(), *others.values())
+    seq_idx, dy, z = packing(*x.shape[:2], packed), torch.randn_like(x), torch.randn_like(x)
+    want = selective_scan_end_state(**inputs, dt_bias=bias, seq_idx=seq_idx, **OPTIONS)
+    want += (selective_scan_start_gradient(dy, dt, A, C, z, bias, seq_idx=seq_idx, **OPTIONS),)
+    x, dt, A, B, C, bias, dy, z = (t.float() for t in (x, dt, A, B, C, bias, dy, z))
+    options = bias, None if seq_idx is None else starts_of_sequences(seq_idx), True, *OPTIONS["dt_limit"]
+    got = (*triton.end_state(x, dt, A, B, *options), triton.start_gradient(dy, dt, A, C, z, *options))
+    for ours, right in zip(got, want, strict=True):
+        assert (ours.double() - right).norm() <= 1e-6 * right.norm() + 1e-30
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_on_a_gpu_they_agree_with_float64(op, dtype, packed):
+    _, end_state, start_gradient = FUNCTIONS[op]
+    inputs, others, _ = make(op, l=5000, p=64, n=16, dtype=dtype)
+    inputs["A"], bias = inputs["A"].float(), others["dt_bias"].float()
+    seq_idx, dy = packing(2, 5000, packed), torch.randn_like(inputs["x"])
+
+    def run(*place):
+        x, dt, A, B, C, b, g = (t.to(*place) for t in (*inputs.values(), others["C"], bias, dy))
+        rest = OPTIONS | {"seq_idx": None if seq_idx is None else seq_idx.to(x.device), "dt_bias": b}
+        return *end_state(x, dt, A, B, **rest), start_gradient(g, dt, A, C, **rest)
+
+    for ours, right in zip(run("cuda"), run(torch.float64), strict=True):
+        error = (ours.cpu().double() - right).norm()
+        assert error <= (2e-6 if dtype == torch.float32 else 4e-3) * right.norm() + 1e-30
