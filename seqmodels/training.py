@@ -106,6 +106,11 @@ class TrainingConfig:
     resume: bool = False
     "Go on from the run folder's last checkpoint."
 
+    @property
+    def batches_per_step(self) -> int:
+        """Batches that make one step, over all processes."""
+        return self.accumulate * self.devices * self.num_nodes
+
 
 def fit(
     config: ModelConfig,
@@ -122,7 +127,7 @@ def fit(
 
     The run folder also holds run.json (both configurations), logs/ (CSV and TensorBoard) and checkpoints/.
     """
-    training = _as_started(training)
+    training = as_started(training)
     last = _prepare_run(config, training, run)
     model = build(config, seed=training.seed)
     if start_from is not None and last is None:
@@ -179,8 +184,8 @@ def first_process() -> bool:
     return rank_zero_only.rank == 0
 
 
-def _as_started(training: TrainingConfig) -> TrainingConfig:
-    """With the numbers of processes that torchrun has started, if it has."""
+def as_started(training: TrainingConfig) -> TrainingConfig:
+    """The same with the number of processes that torchrun has started, if it has."""
     started, here = os.environ.get("TORCHELASTIC_RUN_ID"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if started is not None:
         nodes = int(os.environ["WORLD_SIZE"]) // here
@@ -323,12 +328,16 @@ class _Task(pl.LightningModule):
                 share = own / (sum(terms).clamp(min=1) * len(batches))
                 loss, metrics = self.model.loss(part)
                 last = number == numbers[-1] and part is parts[-1]
-                with torch.autocast(loss.device.type, enabled=False), nullcontext() if last else self._apart():
-                    self.manual_backward(loss * share)
+                with nullcontext() if last else self._apart():
+                    self._backward(loss * share)
                 for name, value in {"loss": loss.detach(), **metrics}.items():
                     values[name] = values.get(name, 0) + share * value.detach()
         del values["count"]
         return {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in values.items()}
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autocast(loss.device.type, enabled=False):  # gradients have the types of what they belong to
+            self.manual_backward(loss)
 
     def _apart(self) -> Any:
         """A context in which gradients stay in this process: they are exchanged once per step."""
@@ -370,7 +379,7 @@ class _Task(pl.LightningModule):
         return max(0, int(long + 0.95 * (_available_memory() - at_long) / per_token))  # 5 % are lost in gaps
 
     def _try(self, batch: Batch) -> None:
-        self.model.loss(batch)[0].backward()
+        self._backward(self.model.loss(batch)[0])
 
     def _stop(self, loss: float, norm: float) -> None:
         last = Path(self.trainer.checkpoint_callbacks[-1].dirpath) / "last.ckpt"  # pyright: ignore

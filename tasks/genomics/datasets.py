@@ -1,5 +1,6 @@
 """Batches of labelled DNA for training and validation, and evenly spaced windows for evaluation."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from seqmodels.tasks.genomics.labelled import LabelledRecords
 from seqmodels.tasks.genomics.tokens import N, Tokens, pad_right, reverse_complement
 
 Batch = dict[str, torch.Tensor]
+SHORTEST = 1024  # bases of a window at the start of a warm-up of lengths
 
 
 def parse_lengths(lengths: str | list[int] | None) -> list[int]:
@@ -48,8 +50,12 @@ def training_data(
     validation_windows: int,
     augment: bool,
     seed: int,
+    length_warmup: int = 0,
 ) -> "RecordData | WindowData":
-    """The batches of `records`: windows of long records, whole (or cropped) records otherwise."""
+    """The batches of `records`: windows of long records, whole (or cropped) records otherwise.
+
+    `length_warmup` is the number of batches over which windows grow to their length.
+    """
     if len(records.classes) < 2:
         raise InputError(f"the data have one class only ({', '.join(records.classes)}); training needs two or more")
     if not 0 < validation_fraction < 1:
@@ -63,7 +69,10 @@ def training_data(
             validation_windows=validation_windows,
             augment=augment,
             seed=seed,
+            length_warmup=length_warmup,
         )
+    if length_warmup:
+        raise InputError("length_warmup is for windows of long records; leave it out, or train on a folder of genomes")
     return RecordData(
         records,
         lengths,
@@ -162,6 +171,9 @@ class Stretch:
 class WindowData:
     """Batches of windows of long records, classes equally likely, each batch of one length.
 
+    During the first `length_warmup` batches no window is longer than SHORTEST * 2**k, where k grows by one in equal
+    intervals up to the longest window; a batch then has more windows, and as many bases as any.
+
     Of each record a contiguous stretch, at a place that the seed decides, is held out for validation; no window
     crosses its ends.
     """
@@ -176,10 +188,11 @@ class WindowData:
         validation_windows: int,
         augment: bool,
         seed: int,
+        length_warmup: int = 0,
     ):
         self.records, self.lengths, self.batch_tokens = records, lengths, batch_tokens
         self.augment, self.seed = augment, seed
-        self.validation_windows = validation_windows
+        self.validation_windows, self.length_warmup = validation_windows, length_warmup
         self.training: list[Stretch] = []
         self.validation: list[Stretch] = []
         rng = np.random.default_rng((seed, 2))
@@ -204,10 +217,17 @@ class WindowData:
     def train_batch(self, step: int) -> Batch:
         """Batch number `step`: a pure function of the seed and the step."""
         rng = np.random.default_rng((self.seed, 1, step))
-        length = int(rng.choice(self.lengths))
+        length = min(int(rng.choice(self.lengths)), self._longest(step))
         labels = rng.integers(len(self.records.classes), size=max(1, self.batch_tokens // length))
         sequences = [_augmented(self._draw(int(label), length, rng), self.augment, rng) for label in labels]
         return to_batch(sequences, labels)
+
+    def _longest(self, step: int) -> int:
+        longest = max(self.lengths)
+        if step >= self.length_warmup:
+            return longest
+        doublings = max(0, math.ceil(math.log2(longest / SHORTEST)))
+        return min(longest, SHORTEST << (step * doublings // self.length_warmup))
 
     def _draw(self, label: int, length: int, rng: np.random.Generator, tries: int = 10) -> Tokens:
         stretches = [s for s in self.training if self.records.labels[s.record] == label and len(s) >= length]

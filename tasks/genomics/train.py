@@ -11,7 +11,7 @@ from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.datasets import RecordData, parse_lengths, training_data
 from seqmodels.tasks.genomics.labelled import load_labelled
 from seqmodels.tasks.genomics.tokens import TOKENIZER, VOCAB_SIZE, VOCABULARY
-from seqmodels.training import TrainingConfig, first_process, fit
+from seqmodels.training import TrainingConfig, as_started, first_process, fit
 
 Mixer = Literal["mamba", "mamba2", "attention", "lstm"]
 
@@ -22,6 +22,7 @@ def train(
     labels: Path | None = None,
     window: str | list[int] | None = None,
     batch_tokens: int = 65536,
+    length_warmup: int = 0,
     validation_fraction: float = 0.1,
     validation_windows: int = 40,
     reverse_complement: bool = True,
@@ -59,6 +60,7 @@ def train(
         window: Lengths in bases, for example 1024,8192,65536; each batch draws one. Long records: the windows'
             lengths, these three unless said otherwise; short records: longer ones are cut to it at a random place.
         batch_tokens: Bases per batch, padding included, whatever the length.
+        length_warmup: Steps over which the windows of long records grow from 1024 bases to their length, doubling.
         validation_fraction: Part of the data that is held out.
         validation_windows: Windows per class and length that are validated, at most, in long records.
         reverse_complement: Whether each training sequence is read on the other strand half of the time.
@@ -80,7 +82,7 @@ def train(
     Returns:
         0.
     """
-    lengths = parse_lengths(window)
+    training, lengths = as_started(training), parse_lengths(window)
     if batch_tokens < max(lengths, default=1):
         raise InputError(f"batch_tokens is {batch_tokens}, less than one window of {max(lengths)}; raise it")
     records = load_labelled(data, labels, split="train")
@@ -92,6 +94,7 @@ def train(
         validation_windows=validation_windows,
         augment=reverse_complement,
         seed=training.seed,
+        length_warmup=length_warmup * training.batches_per_step,
     )
     config = ModelConfig(
         vocab_size=VOCAB_SIZE,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from seqmodels.errors import InputError
+from seqmodels.tasks.genomics import datasets
 from seqmodels.tasks.genomics.datasets import Stretch, parse_lengths, spaced_windows, training_data
 from seqmodels.tasks.genomics.labelled import load_labelled
 from seqmodels.tasks.genomics.tokens import decode, encode, reverse_complement
@@ -156,6 +157,19 @@ def test_batches_keep_to_the_token_budget(data):
         assert batch["ids"].dtype == batch["targets"].dtype == batch["lengths"].dtype == torch.int64
         assert len(batch["ids"]) == len(batch["targets"]) == len(batch["lengths"])
         assert (batch["ids"] == 4).sum() == batch["ids"].numel() - batch["lengths"].sum()  # padding and nothing else
+
+
+def test_windows_double_during_the_warm_up_at_as_many_bases_per_batch(long_folder, short_table, monkeypatch):
+    monkeypatch.setattr(datasets, "SHORTEST", 16)
+    records = load_labelled(long_folder, split="train")
+    warm, cold = (training_data(records, [20, 100], **OPTIONS, length_warmup=n) for n in (12, 0))
+    for step in range(20):
+        length, full = (data.train_batch(step)["ids"].shape[1] for data in (warm, cold))
+        assert length == min(full, [16, 32, 64, 100][min(step // 4, 3)])
+        assert len(warm.train_batch(step)["ids"]) == 400 // length
+    assert all(torch.equal(warm.train_batch(12)[name], tensor) for name, tensor in cold.train_batch(12).items())
+    with pytest.raises(InputError, match="length_warmup is for windows of long records"):
+        training_data(load_labelled(short_table), [], **OPTIONS, length_warmup=5)
 
 
 def test_no_validation_sequence_is_seen_in_training(data):
