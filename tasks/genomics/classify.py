@@ -26,8 +26,8 @@ def classify(
     format: Format | None = None,
     device: str = "auto",
     dtype: Dtype = "float32",
-    batch_tokens: int = 65536,
-    chunk: int = 16384,
+    batch_tokens: int | None = None,
+    chunk: int | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> int:
@@ -47,8 +47,9 @@ def classify(
         format: Format of the table; otherwise the suffix of the output says it (.tsv, .tsv.gz, .csv, .jsonl, .parquet).
         device: auto, cpu, cuda or cuda:<number>.
         dtype: Number format of the weights and activations.
-        batch_tokens: Bases per batch of short records, padding included.
-        chunk: Longer records are read in chunks of so many bases; bounds the memory, does not change the answer.
+        batch_tokens: Bases per batch of short records, padding included; otherwise 65,536 on a CPU, 1,048,576 on a GPU.
+        chunk: Longer records are read in chunks of so many bases; bounds the memory, does not change the answer;
+            otherwise 16,384 on a CPU, 1,048,576 on a GPU.
         resume: Go on where the same command was stopped or killed: its rows are in <output>.part, are checked against
             the input and kept. For .tsv, .csv and .jsonl; Parquet and .gz are written anew.
         quiet: No progress on a terminal.

@@ -34,8 +34,8 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     dtype: Dtype = "float32",
-    batch_tokens: int = 65536,
-    chunk: int = 16384,
+    batch_tokens: int | None = None,
+    chunk: int | None = None,
     quiet: bool = False,
 ) -> int:
     """Evaluate a model on labelled data, or a table of predictions that `longseq dna classify` has written.
@@ -57,8 +57,8 @@ def evaluate(
         seed: Seed of the bootstrap.
         device: auto, cpu, cuda or cuda:<number>.
         dtype: Number format of the weights and activations.
-        batch_tokens: Bases per batch.
-        chunk: Longer sequences are read in chunks of so many bases.
+        batch_tokens: Bases per batch; otherwise 65,536 on a CPU, 1,048,576 on a GPU.
+        chunk: Longer sequences are read in chunks of so many bases; otherwise 16,384 on a CPU, 1,048,576 on a GPU.
         quiet: No progress on a terminal.
 
     Returns:

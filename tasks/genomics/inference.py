@@ -1,6 +1,7 @@
 """A classifier at work on tokens: batches of short records, and records of any length in chunks."""
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -17,13 +18,25 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Classifier:
-    """A DNA sequence classifier with how to run it; logits come back as float32 in the order of `classes`."""
+    """A DNA sequence classifier with how to run it; logits come back as float32 in the order of `classes`.
 
-    def __init__(self, model: str, device: str = "auto", dtype: Dtype = "float32", batch_tokens=65536, chunk=16384):
+    batch_tokens and chunk are in bases; by default what keeps the device busy: 65,536 and 16,384 on a CPU, a million on
+    a GPU.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        device: str = "auto",
+        dtype: Dtype = "float32",
+        batch_tokens: int | None = None,
+        chunk: int | None = None,
+    ) -> None:
         for name, value in (("batch_tokens", batch_tokens), ("chunk", chunk)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
         self.device = choose_device(device)
+        on_cpu = self.device.type == "cpu"
         self.model: Any = seqmodels.load(model, device=self.device, dtype=getattr(torch, dtype))
         config = self.model.config
         if config.head.task != "sequence" or config.tokenizer.get("type") != "dna":
@@ -34,7 +47,8 @@ class Classifier:
         self.name = model
         self.classes: tuple[str, ...] = config.head.labels
         self.causal: bool = self.model.causal
-        self.batch_tokens, self.chunk = batch_tokens, chunk
+        self.batch_tokens = batch_tokens or (1 << 16 if on_cpu else 1 << 20)
+        self.chunk = chunk or (1 << 14 if on_cpu else 1 << 20)
 
     @property
     def longest_batched(self) -> int:
@@ -50,10 +64,13 @@ class Classifier:
 
     @torch.inference_mode()
     def stream(self, chunks: Iterable[Tokens]) -> Logits:
-        """Logits (classes,) of one sequence that comes in chunks: equal to a single pass, to rounding."""
+        """Logits (classes,) of one sequence that comes in chunks: equal to a single pass, to rounding.
+
+        A chunk is fetched while the one before it is computed.
+        """
         state = None
-        for tokens in _rechunked(chunks, self.chunk):
-            ids = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+        for tokens in _one_ahead(_rechunked(chunks, self.chunk)):
+            ids = torch.from_numpy(tokens).to(self.device).long()
             state = self.model.read(ids[None], state)
         return self.model.classify(state)[0].float().cpu().numpy()
 
@@ -80,6 +97,16 @@ def batches_by_length(lengths: list[int], batch_tokens: int) -> Iterator[list[in
         places.append(i)
     if places:
         yield places
+
+
+def _one_ahead(items: Iterable[Tokens]) -> Iterator[Tokens]:
+    """The same items, each fetched by another thread while the one before it is in use."""
+    iterator, end = iter(items), None
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, iterator, end)
+            yield item
 
 
 def _rechunked(chunks: Iterable[Tokens], size: int) -> Iterator[Tokens]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -280,6 +281,26 @@ def test_logits_of_a_stream_do_not_depend_on_how_it_is_cut(model):
     for size in (1, 63, 64, 65, 499):
         found = classifier.stream(tokens[i : i + size] for i in range(0, 500, size))
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_stream_fetches_a_chunk_while_the_one_before_is_computed(model, monkeypatch):
+    classifier = Classifier(model, device="cpu", chunk=64)
+    fetched, read, compute = threading.Semaphore(0), [], classifier.model.read
+
+    def chunks():
+        for seed in range(4):
+            if seed:
+                fetched.release()
+            yield encode(bases(seed, 64).encode())
+
+    def reading(ids, state):
+        read.append(ids)
+        assert len(read) == 4 or fetched.acquire(timeout=20)  # the next one's fetching began before this one's end
+        return compute(ids, state)
+
+    monkeypatch.setattr(classifier.model, "read", reading)
+    classifier.stream(chunks())
+    assert len(read) == 4
 
 
 MEMORY = """
