@@ -84,9 +84,15 @@ class LanguageModel(Model):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy in nats over targets that are not -100, and {bits, count}."""
-        x, _ = self.backbone(batch["ids"], None, batch.get("lengths"), batch.get("seq_idx"), batch.get("conditions"))
+        return self.loss_from(batch, None)[:2]
+
+    def loss_from(self, batch: dict[str, Tensor], state: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
+        """The loss of sequences that go on from a state, its metrics, and the state after them."""
+        x, state = self.backbone(
+            batch["ids"], state, batch.get("lengths"), batch.get("seq_idx"), batch.get("conditions")
+        )
         loss, _, count = _cross_entropy(x, self.lm_head, batch["targets"], self.ranks)
-        return loss, {"bits": loss.detach() / math.log(2), "count": count}
+        return loss, {"bits": loss.detach() / math.log(2), "count": count}, state
 
 
 class Pooled(NamedTuple):

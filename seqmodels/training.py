@@ -34,6 +34,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
@@ -79,6 +80,8 @@ class TrainingConfig:
     "Batches whose gradients make one step."
     precision: Literal["32", "bf16"] = "32"
     "Arithmetic: float32, or bfloat16 with float32 weights."
+    carry_state: bool = False
+    "Rows of a batch go on from those of the batch before: endless streams, gradients cut between batches."
     recompute: bool = False
     "Keep what enters each layer only, and compute the rest again going back: less memory, about a third more time."
     ema_decay: float = 0.0
@@ -128,6 +131,8 @@ def fit(
     The run folder also holds run.json (both configurations), logs/ (CSV and TensorBoard) and checkpoints/.
     """
     training = as_started(training)
+    if training.carry_state and config.head.task != "next_token":
+        raise InputError(f"carry_state is for next-token models, not for task {config.head.task!r}; leave it out")
     last = _prepare_run(config, training, run)
     model = build(config, seed=training.seed)
     if start_from is not None and last is None:
@@ -193,6 +198,10 @@ def as_started(training: TrainingConfig) -> TrainingConfig:
     if training.strategy == "fsdp2" and training.ema_decay:
         raise InputError(
             "fsdp2 keeps no moving average of weights; give --training.ema-decay 0 or --training.strategy ddp"
+        )
+    if training.carry_state and training.devices * training.num_nodes > 1:
+        raise InputError(
+            "carry_state reads one batch after the other and works with one process; leave one of them out"
         )
     return training
 
@@ -283,6 +292,7 @@ class _Task(pl.LightningModule):
         self.automatic_optimization = False  # so that a step can be tried again in parts
         self.model, self.data, self.training_config = model, data, training
         self.parts = 1  # into which each batch is cut, since a whole one did not fit into memory
+        self.state: Any = None  # that the next batch goes on from, if it is carried; as a list of tensors when loaded
 
     def train_dataloader(self) -> DataLoader:
         training, done = self.training_config, self.trainer.global_step
@@ -319,6 +329,7 @@ class _Task(pl.LightningModule):
         """Adds up the gradients of the mean of the batches' losses; that mean, and those of the metrics."""
         trainer, values = self.trainer, dict[str, Tensor]()
         numbers = _numbers(len(batches), trainer.global_rank, trainer.world_size, trainer.global_step)
+        state = self._state_before(batches[0])
         for number, batch in zip(numbers, batches, strict=True):
             # dropout depends on the batch's number alone, so that a resumed run repeats it
             torch.manual_seed(self.training_config.seed * 1_000_003 + number)
@@ -326,14 +337,28 @@ class _Task(pl.LightningModule):
             terms = [self.model.terms(part) for part in parts]
             for part, own in zip(parts, terms, strict=True):
                 share = own / (sum(terms).clamp(min=1) * len(batches))
-                loss, metrics = self.model.loss(part)
+                if self.training_config.carry_state:
+                    loss, metrics, state = self.model.loss_from(part, state)  # pyright: ignore
+                    state = tree_map_only(Tensor, Tensor.detach, state)
+                else:
+                    loss, metrics = self.model.loss(part)
                 last = number == numbers[-1] and part is parts[-1]
                 with nullcontext() if last else self._apart():
                     self._backward(loss * share)
                 for name, value in {"loss": loss.detach(), **metrics}.items():
                     values[name] = values.get(name, 0) + share * value.detach()
         del values["count"]
+        self.state = state  # only here: a step may be tried again
         return {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in values.items()}
+
+    def _state_before(self, batch: Batch) -> Any:
+        """The carried state; one that was loaded gets its form back, which a checkpoint cannot hold."""
+        if isinstance(self.state, list):
+            with torch.no_grad():
+                *_, form = self.model.loss_from(batch, None)  # pyright: ignore
+            leaves = tree_map_only(Tensor, lambda t: t.to(self.device), self.state)
+            self.state = tree_unflatten(leaves, tree_structure(form))
+        return self.state
 
     def _backward(self, loss: Tensor) -> None:
         with torch.autocast(loss.device.type, enabled=False):  # gradients have the types of what they belong to
@@ -350,6 +375,10 @@ class _Task(pl.LightningModule):
             raise InputError(
                 "out of memory, and several processes cannot cut a batch into parts while the others wait: use smaller "
                 "batches, and a larger --training.accumulate"
+            )
+        if self.training_config.carry_state:
+            raise InputError(
+                "out of memory, and batches with a carried state are not cut: give fewer rows or steps each"
             )
         where, widest = f"step {self.trainer.global_step + 1}", max(batches, key=lambda batch: batch["ids"].shape[1])
         if self.parts >= max(len(batch["ids"]) for batch in batches):
@@ -391,9 +420,11 @@ class _Task(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["parts"] = self.parts
+        if self.state is not None:
+            checkpoint["state"] = self.state if isinstance(self.state, list) else tree_leaves(self.state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.parts = checkpoint.get("parts", 1)
+        self.parts, self.state = checkpoint.get("parts", 1), checkpoint.get("state")
 
     def validation_step(self, batch: tuple[Batch, bool], batch_idx: int) -> None:
         loss, metrics = self.model.loss(batch[0])

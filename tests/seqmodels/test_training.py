@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import seqmodels
 from seqmodels import presets
-from seqmodels.config import HeadConfig, ModelConfig
+from seqmodels.config import HeadConfig, KmerConfig, ModelConfig
 from seqmodels.errors import InputError
 from seqmodels.heads import LanguageModel
 from seqmodels.training import TrainingConfig, fit, parameter_groups, recompute_layers, schedule
@@ -21,6 +21,15 @@ from seqmodels.training import TrainingConfig, fit, parameter_groups, recompute_
 BACKBONE = dataclasses.replace(presets.mamba2(16, 2, head_dim=8, d_state=4), dropout=0.1)
 CONFIG = ModelConfig(vocab_size=5, backbone=BACKBONE, head=HeadConfig(task="next_token"))
 TRAINING = TrainingConfig(max_steps=12, validate_every=4, learning_rate=1e-2, accumulate=2, device="cpu", ema_decay=0.5)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models so small only lose by a second thread, on busy cores by a factor of ten."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Cycles:
@@ -81,6 +90,7 @@ def test_training_learns_and_leaves_a_checkpoint_a_record_and_logs(tmp_path):
 
 
 def _slow_run(run):
+    torch.set_num_threads(1)
     fit(CONFIG, Cycles(delay=0.1), dataclasses.replace(TRAINING, num_workers=1), run)
 
 
@@ -256,3 +266,71 @@ def test_training_with_recomputation_makes_the_same_model(tmp_path):
     for name, recompute in (("kept", False), ("recomputed", True)):
         fit(CONFIG, Cycles(), dataclasses.replace(TRAINING, recompute=recompute), tmp_path / name)
     torch.testing.assert_close(weights_of(tmp_path / "recomputed"), weights_of(tmp_path / "kept"), rtol=0, atol=0)
+
+
+STREAMS = torch.randint(0, 5, (3, 16 * 24 + 1), generator=torch.Generator().manual_seed(0))
+
+
+class Streams:
+    """Three streams; batch n is steps 16 n to 16 n + 15 of each."""
+
+    def __init__(self, broken=None):
+        self.broken = broken
+
+    def train_batch(self, number):
+        if number == self.broken:
+            raise ConnectionError
+        chunk = STREAMS[:, 16 * number : 16 * number + 17]
+        return {"ids": chunk[:, :-1], "targets": chunk[:, 1:]}
+
+    def validation_batches(self):
+        return [self.train_batch(0)]
+
+
+@pytest.mark.parametrize("kind", ["flat", "multiscale", "kmers"])
+def test_a_carried_state_makes_the_loss_of_chunks_that_of_the_whole_stream(tmp_path, kind, monkeypatch):
+    backbone = presets.mamba2(16, 2, head_dim=8, d_state=4)
+    if kind == "multiscale":
+        backbone = presets.multiscale_mamba2((16, 24), (1, 1), (5,), d_state=4, head_dim=8)  # chunks end inside a group
+    elif kind == "kmers":
+        backbone = dataclasses.replace(backbone, kmer=KmerConfig(k=3, alphabet=(0, 1, 2, 3), width=4))
+    config = dataclasses.replace(CONFIG, backbone=backbone)
+    training = dataclasses.replace(TRAINING, learning_rate=0.0, carry_state=True, accumulate=1, ema_decay=0.0)
+    losses = []
+    whole = LanguageModel.loss_from
+
+    def noted(self, batch, state):
+        loss, *rest = whole(self, batch, state)
+        losses.extend([loss.detach()] if self.training else [])
+        return loss, *rest
+
+    monkeypatch.setattr(LanguageModel, "loss_from", noted)
+    model = seqmodels.load(fit(config, Streams(), training, tmp_path / "run"))
+    ids = STREAMS[:, : 16 * 12 + 1]
+    expected = model.eval().loss({"ids": ids[:, :-1], "targets": ids[:, 1:]})[0]
+    assert len(losses) == 12
+    torch.testing.assert_close(torch.stack(losses).mean(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_cut_where_a_state_is_carried_and_a_broken_run_resumes_to_the_bit(tmp_path):
+    training = dataclasses.replace(TRAINING, carry_state=True)
+    fit(CONFIG, Streams(), training, tmp_path / "whole")
+    with pytest.raises(ConnectionError):
+        fit(CONFIG, Streams(broken=2 * 6), training, tmp_path / "broken")
+    fit(CONFIG, Streams(), dataclasses.replace(training, resume=True), tmp_path / "broken")
+    torch.testing.assert_close(weights_of(tmp_path / "broken"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+    fit(CONFIG, Streams(), TRAINING, tmp_path / "forgetful")
+    assert not torch.equal(
+        weights_of(tmp_path / "forgetful")["model.lm_head.weight"],
+        weights_of(tmp_path / "whole")["model.lm_head.weight"],
+    )
+
+
+def test_a_state_that_cannot_be_carried_is_told_before_a_run_is_begun(tmp_path):
+    training = dataclasses.replace(TRAINING, carry_state=True)
+    labels = dataclasses.replace(CONFIG, head=HeadConfig(task="sequence", labels=("a", "b")))
+    with pytest.raises(InputError, match="carry_state is for next-token models, not for task 'sequence'"):
+        fit(labels, Streams(), training, tmp_path / "run")
+    with pytest.raises(InputError, match="carry_state reads one batch after the other"):
+        fit(CONFIG, Streams(), dataclasses.replace(training, devices=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
