@@ -380,19 +380,20 @@ _scan.register_autograd(_autograd, setup_context=_setup_context)
 def _at_edge_in_torch(v, dt, A, m, resets, at_end):
     """The sum and the decay over all steps, (b, e, n): v, m are dt x, B at the end, and dy, C at the start."""
     dtype = v.dtype
-    state, total = v.new_zeros(v.shape[0], *A.shape), dt.new_zeros(dt[:, 0].shape, dtype=torch.float64)
+    total, state = torch.zeros_like(dt[:, 0], dtype=torch.float64), v.new_zeros(v.shape[0], *A.shape)
+    decay = torch.ones_like(state)  # between the edge and the next steps
     run = None if resets is None else resets.cumsum(1)
     for t0 in range(0, v.shape[1], STEPS)[:: -1 if at_end else 1]:
         part = slice(t0, t0 + STEPS)
         sums = dt[:, part].cumsum(1, dtype=torch.float64)
         reach = sums[:, -1:] - sums if at_end else sums
-        weight = ((total[:, None] + reach).to(dtype)[..., None] * A.to(dtype)).exp()  # (b, q, e, n)
+        weight = (reach.to(dtype)[..., None] * A.to(dtype)).exp()  # (b, q, e, n)
         if run is not None:  # only steps of the sequence at the edge
             weight = weight * (run[:, part] == (run[:, -1:] if at_end else 0))[..., None, None]
         m_part = m[:, part].to(dtype).repeat_interleave(v.shape[2] // m.shape[2], 2)
-        state += (v[:, part, :, None] * weight * m_part).sum(1)
+        state.addcmul_((v[:, part, :, None] * weight * m_part).sum(1), decay)
         total += sums[:, -1]
-    decay = (total.to(dtype)[..., None] * A.to(dtype)).exp()
+        decay = (total.to(dtype)[..., None] * A.to(dtype)).exp()
     return state, decay if resets is None else decay.masked_fill(resets.any(1)[:, None, None], 0.0)
 
 

@@ -296,44 +296,52 @@ def _backward(dy, dfinal, x, dt, A, B, C, starts, resets, tiny, parts, dx, ddt, 
 def _edge_task(v, dt, A, m, resets, nothing, at_end, state, decay, row, group, low, high):
     """Channels low to high of one row of the batch and one group, step by step away from the edge.
 
-    Ends at another sequence, and where no exponent reaches `nothing`.
+    STEPS steps are summed from zero and then added with the decay between them and the edge, so that few roundings add
+    up. Ends at another sequence, and where no exponent reaches `nothing`.
     """
     l, n, width = v.shape[1], m.shape[3], high - low
-    h, rates = np.zeros((n, width), v.dtype), np.empty((n, width), v.dtype)
+    h, part, rates = np.zeros((n, width), v.dtype), np.empty((n, width), v.dtype), np.empty((n, width), v.dtype)
     _copy_turned(rates, A[low:high])
-    total, reach, v_t = np.zeros(width, np.float64), np.zeros(width, v.dtype), np.empty(width, v.dtype)
+    total, outer = np.zeros(width, np.float64), np.zeros(width, v.dtype)  # the sum of dt from the edge to these steps
+    reach, v_t = np.empty(width, v.dtype), np.empty(width, v.dtype)  # and from there to one of them
     broken = False
-    for k in range(l):
-        t = l - 1 - k if at_end else k
-        broken = resets.shape[1] > 0 and resets[row, t]
-        if broken and not at_end:
-            break
-        for i in range(width):
-            v_t[i] = v[row, t, low + i]
-            if not at_end:
-                total[i] += dt[row, t, low + i]
-                reach[i] = total[i]
-        for j in range(n):
-            m_t = m[row, t, group, j]
-            for i in range(width):
-                h[j, i] += _exp(reach[i] * rates[j, i]) * (v_t[i] * m_t)
-        if broken:
-            break
-        if at_end:
-            for i in range(width):
-                total[i] += dt[row, t, low + i]
-                reach[i] = total[i]
-        if k % STEPS == STEPS - 1:
-            largest = nothing
-            for j in range(n):
-                for i in range(width):
-                    largest = max(largest, reach[i] * rates[j, i])
-            if largest == nothing:
+    for first in range(0, l, STEPS):
+        part[:] = 0
+        reach[:] = 0
+        for k in range(first, min(first + STEPS, l)):
+            t = l - 1 - k if at_end else k
+            broken = resets.shape[1] > 0 and resets[row, t]
+            if broken and not at_end:
                 break
+            for i in range(width):
+                v_t[i] = v[row, t, low + i]
+                if not at_end:
+                    reach[i] += dt[row, t, low + i]
+            for j in range(n):
+                m_t = m[row, t, group, j]
+                for i in range(width):
+                    part[j, i] += _exp(reach[i] * rates[j, i]) * (v_t[i] * m_t)
+            if broken:
+                break
+            if at_end:
+                for i in range(width):
+                    reach[i] += dt[row, t, low + i]
+        for j in range(n):
+            for i in range(width):
+                h[j, i] += _exp(outer[i] * rates[j, i]) * part[j, i]
+        for i in range(width):
+            total[i] += reach[i]
+            outer[i] = total[i]
+        largest = nothing
+        for j in range(n):
+            for i in range(width):
+                largest = max(largest, outer[i] * rates[j, i])
+        if broken or largest == nothing:
+            break
     _copy_turned(state[row, low:high], h)
     for j in range(n):
         for i in range(width):
-            rates[j, i] = 0 if broken else _exp(reach[i] * rates[j, i])
+            rates[j, i] = 0 if broken else _exp(outer[i] * rates[j, i])
     _copy_turned(decay[row, low:high], rates)
 
 

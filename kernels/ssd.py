@@ -508,17 +508,18 @@ def _at_edge(v: Tensor, m: Tensor, decay: Tensor, steps: Tensor | None) -> Tenso
 
     With steps the edge is the last one, else the first.
     """
-    (b, l, h, p), (g, n) = v.shape, m.shape[2:]
-    size = max(1, _ELEMENTS_PER_PASS["cpu" if v.device.type == "cpu" else "cuda"] // (b * h * p))
+    (b, l, h, p), (g, n), q = v.shape, m.shape[2:], 64  # steps per product: a long sum loses digits
+    chunks = max(1, _ELEMENTS_PER_PASS["cpu" if v.device.type == "cpu" else "cuda"] // (b * h * p * q))
     state = decay.new_zeros(b, g, h // g * p, n)
-    for t0 in range(0, l, size) if steps is None else reversed(range(0, l, size)):
-        part = slice(t0, t0 + size)
-        weight = decay[:, part]
+    passes = range(-(-l // (q * chunks)))
+    for i in passes if steps is None else reversed(passes):
+        weight = _slice_pass(decay, i, chunks, q)  # (b, c, q, h)
         if not bool(weight.any()):
             break
-        weight = weight if steps is None else weight * steps[:, part]
-        weighted = (v[:, part].to(decay.dtype) * weight[..., None]).unflatten(2, (g, -1)).flatten(3)
-        state += torch.matmul(weighted.permute(0, 2, 3, 1), m[:, part].to(decay.dtype).transpose(1, 2))
+        weight = weight if steps is None else weight * _slice_pass(steps, i, chunks, q)
+        weighted = (_slice_pass(v, i, chunks, q).to(decay.dtype) * weight[..., None]).unflatten(3, (g, -1)).flatten(4)
+        columns = _slice_pass(m, i, chunks, q).to(decay.dtype).transpose(2, 3)  # (b, c, g, q, n)
+        state += torch.matmul(weighted.permute(0, 1, 3, 4, 2), columns).sum(1)
     return state.view(b, h, p, n)
 
 

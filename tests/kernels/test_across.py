@@ -61,6 +61,25 @@ def test_an_end_state_and_a_start_gradient_are_those_of_the_whole_op(monkeypatch
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("slow", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_in_float32_they_err_no_more_than_twice_the_whole_op_and_a_rounding(op, slow):
+    whole, end_state, start_gradient = FUNCTIONS[op]
+    inputs, others, _ = make(op, l=3000, slow=slow)
+    dy, results = inputs["x"].flip(1, 2), {}
+    for dtype in (torch.float64, torch.float32):
+        x, dt, A, B, C, bias, g = (t.to(dtype) for t in (*inputs.values(), *others.values(), dy))
+        end, _ = end_state(x, dt, A, B, bias, **OPTIONS)
+        initial = torch.zeros_like(end, requires_grad=True)
+        y, final = whole(x, dt, A, B, C, dt_bias=bias, initial_state=initial, **OPTIONS)
+        (gradient,) = torch.autograd.grad(y, initial, g)
+        results[dtype] = (end, start_gradient(g, dt, A, C, dt_bias=bias, **OPTIONS)), (final.detach(), gradient)
+    (ours, theirs), (exact, _) = results[torch.float32], results[torch.float64]
+    for got, usual, right in zip(ours, theirs, exact, strict=True):
+        error, budget = ((t - right).norm() / right.norm() for t in (got, usual))
+        assert error <= 2 * (budget + torch.finfo(torch.float32).eps)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 @pytest.mark.usefixtures("nan_in_fresh_memory")
 @pytest.mark.parametrize("shape", [{"b": 2, "l": 330, "p": 16, "n": 8}, {"b": 1, "l": 65, "heads": 2, "p": 80, "g": 1}])
