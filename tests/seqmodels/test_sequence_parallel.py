@@ -4,6 +4,7 @@ One run of four processes goes through all cases, on groups of 2, 3 and 4 of the
 """
 
 import copy
+import datetime
 import json
 import os
 import subprocess
@@ -288,7 +289,8 @@ WAYS = ("plain", "ddp", "ddp over all", "fsdp over all")
 def work(rank, folder):
     """One of four processes: every case on groups of 2, 3 and 4; writes down what failed."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    waiting = datetime.timedelta(seconds=100)  # for a rank that failed
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4, timeout=waiting)
     failures = {}
 
     def attempt(name, function, *arguments):
@@ -320,7 +322,11 @@ def failures(tmp_path_factory):
         subprocess.Popen([sys.executable, __file__, str(rank), folder], env=environment, stderr=subprocess.PIPE)
         for rank in range(4)
     ]
-    messages = [process.communicate(timeout=250)[1].decode() for process in started]
+    try:
+        messages = [process.communicate(timeout=250)[1].decode() for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert all(process.returncode == 0 for process in started), "\n".join(messages)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
 
