@@ -34,6 +34,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
@@ -319,6 +320,7 @@ class _Task(pl.LightningModule):
                 optimizer.zero_grad()
                 self._halve(batches)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training_config.gradient_clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all processes
         if not math.isfinite(values["loss"] + norm):
             self._stop(float(values["loss"]), float(norm))
         optimizer.step()

@@ -19,7 +19,9 @@ from seqmodels.training import TrainingConfig, fit
 
 BACKBONE = dataclasses.replace(presets.mamba2(16, 2, head_dim=8, d_state=4), dropout=0.1)
 CONFIG = ModelConfig(vocab_size=5, backbone=BACKBONE, head=HeadConfig(task="next_token"))
-TRAINING = TrainingConfig(max_steps=6, validate_every=2, learning_rate=1e-2, accumulate=2, device="cpu")
+TRAINING = TrainingConfig(
+    max_steps=6, validate_every=2, learning_rate=1e-2, accumulate=2, gradient_clip=0.1, device="cpu"
+)
 
 
 class Cycles:
