@@ -12,10 +12,7 @@ bfloat16 states, logits), where that is installed.
 
 import argparse
 import gc
-import os
-import shlex
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -99,11 +96,7 @@ def main() -> None:
     parser.add_argument("--commit", help="of these sources, where they are no git checkout")
     options = parser.parse_args()
     torch.manual_seed(0)
-    gpu = torch.cuda.get_device_name()
-    about = {
-        "gpu": gpu, "versions": record.versions(), "commit": options.commit or record.commit(),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-    }  # fmt: skip
+    about = record.origin(options.commit)
     rows = []
     print(
         f"{'mixer':8} {'b':>4} {'pass':12} {'impl':10} {'ms':>8} {'floor':>8} {'tokens/s':>10} {'ours is faster':>15}"
@@ -126,7 +119,7 @@ def main() -> None:
                 ratios = " ".join(f"{ratio:.2f}" for ratio in row.get("ratio", {}).values())
                 figures = f"{ms:8.4f} {row['floor_ms']:8.4f} {row['tokens_per_s']:10,} {ratios:>15}"
                 print(f"{mixer:8} {b:4} {name:12} {implementation:10} {figures}", flush=True)
-            record.write_rows(f"{gpu.removeprefix('NVIDIA ').lower().replace(' ', '-')}/decode", rows)
+            record.write_rows("decode", rows)
             del steps
             gc.collect()
             torch.cuda.empty_cache()

@@ -32,9 +32,22 @@ def write_result(name: str, rows: list[dict[str, Any]]) -> Path:
     return _write(RESULTS / f"{name}.json", json.dumps(record, indent=2))
 
 
+def origin(commit_given: str | None, *program: str) -> dict[str, Any]:
+    """What every row of a GPU's program says beside its figures; commit_given where the sources are no checkout."""
+    words = sys.argv[1:]
+    if "--commit" in words:  # names what was measured, is no part of how
+        del words[(at := words.index("--commit")) : at + 2]
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "versions": versions(),
+        "commit": commit_given or commit(),
+        "command": shlex.join([*(program or ["python"]), os.path.relpath(sys.argv[0]), *words]),
+    }  # fmt: skip
+
+
 def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Rows that say everything themselves, one per line; returns the file's path."""
-    return _write(RESULTS / f"{name}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]")
+    """Rows that say everything themselves, one per line, to a folder named after their GPU; returns the file's path."""
+    folder = rows[0]["gpu"].removeprefix("NVIDIA ").lower().replace(" ", "-")
+    return _write(RESULTS / folder / f"{name}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]")
 
 
 def _write(path: Path, text: str) -> Path:

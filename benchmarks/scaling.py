@@ -10,24 +10,25 @@ or a step takes more than --most seconds. --recompute keeps only the layers' inp
 
 import argparse
 import gc
-import os
-import shlex
+import math
 import statistics
-import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import record
 import torch
+from torch import Tensor
 
 import seqmodels
 from seqmodels.config import BackboneConfig, HeadConfig, ModelConfig
+from seqmodels.heads import Model
 from seqmodels.presets import attention, lstm, mamba, mamba2
 from seqmodels.training import recompute_layers
 
 LENGTHS = tuple(1 << k for k in range(10, 23))
 WARM_UP, STEPS = 2, 5
-D_MODEL, CLASSES, LETTERS = 256, 5, 4
+D_MODEL, LETTERS = 256, 4
 MIXERS = {
     "mamba2": lambda layers: mamba2(D_MODEL, layers, d_state=64),
     "mamba": lambda layers: mamba(D_MODEL, layers),
@@ -37,20 +38,38 @@ MIXERS = {
 }
 
 
-def measure(backbone: BackboneConfig, l: int, device: torch.device, recompute: bool, most: float) -> dict[str, Any]:
-    """Milliseconds and memory of a step."""
-    head = HeadConfig(task="sequence", labels=tuple("abcde"[:CLASSES]))
-    model = seqmodels.build(ModelConfig(vocab_size=LETTERS, backbone=backbone, head=head), seed=0).to(device)
-    if recompute:
-        recompute_layers(model)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
+def classifier(backbone: BackboneConfig) -> Model:
+    """With one label per sequence of letters."""
+    head = HeadConfig(task="sequence", labels=tuple("abcde"))
+    return seqmodels.build(ModelConfig(vocab_size=LETTERS, backbone=backbone, head=head), seed=0)
+
+
+def letters(l: int) -> dict[str, Tensor]:
+    """A batch of one sequence, always the same."""
     rng = torch.Generator().manual_seed(0)
-    ids = torch.randint(LETTERS, (1, l), generator=rng).to(device)
-    batch = {"ids": ids, "targets": torch.zeros(1, dtype=torch.long, device=device)}
+    return {"ids": torch.randint(LETTERS, (1, l), generator=rng), "targets": torch.zeros(1, dtype=torch.long)}
+
+
+def time_steps(
+    model: Model,
+    batch: dict[str, Tensor],
+    device: torch.device,
+    *,
+    reduce: Callable[[], None] = lambda: None,
+    wait: Callable[[], None] = lambda: None,
+    most: float = math.inf,
+) -> tuple[float, float, float]:
+    """Median milliseconds of a step of a batch on the device, its peak memory in GB, the last loss.
+
+    `reduce` follows backward, `wait` joins several processes. From the second step on, one of over `most` seconds is
+    the last.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
 
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
+        wait()
         return time.perf_counter()
 
     seconds = []
@@ -61,13 +80,23 @@ def measure(backbone: BackboneConfig, l: int, device: torch.device, recompute: b
         with torch.autocast(device.type, torch.bfloat16):
             loss, _ = model.loss(batch)
         loss.backward()
+        reduce()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(now() - start)
         if len(seconds) > 1 and seconds[-1] > most:
             break
-    ms = 1e3 * statistics.median(seconds[WARM_UP:] or seconds[-1:])
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+    return 1e3 * statistics.median(seconds[WARM_UP:] or seconds[-1:]), peak, loss.item()
+
+
+def measure(backbone: BackboneConfig, l: int, device: torch.device, recompute: bool, most: float) -> dict[str, Any]:
+    """Milliseconds and memory of a step."""
+    model = classifier(backbone).to(device)
+    if recompute:
+        recompute_layers(model)
+    batch = {name: t.to(device) for name, t in letters(l).items()}
+    ms, peak, _ = time_steps(model, batch, device, most=most)
     return {"ms": round(ms, 3), "tokens_per_s": round(1e3 * l / ms), "peak_gb": round(peak, 3)}
 
 
@@ -82,17 +111,14 @@ def main() -> None:
     parser.add_argument("--commit", help="of these sources, where they are no git checkout")
     options = parser.parse_args()
     device = torch.device(options.device)
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    about = {
-        "gpu": gpu, "versions": record.versions(), "commit": options.commit or record.commit(),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-    }  # fmt: skip
+    torch.set_float32_matmul_precision("high")
+    about = record.origin(options.commit)
     rows: list[dict[str, Any]] = []
     print(f"{'mixer':12} {'l':>8} {'ms':>10} {'tokens/s':>12} {'peak GB':>8}")
     for mixer in options.mixers:
         for l in options.lengths:
             shape = {"mixer": mixer, "b": 1, "d": D_MODEL, "layers": options.layers, "recompute": options.recompute}
-            row = {"op": "train_step", "impl": "ours", "shape": shape, "l": l, "dtype": "bf16", "pass": "step"}
+            row = {"op": "training_step", "impl": "ours", "shape": shape, "l": l, "dtype": "bf16", "pass": "step"}
             try:
                 found = measure(MIXERS[mixer](options.layers), l, device, options.recompute, options.most)
             except torch.OutOfMemoryError:
@@ -106,8 +132,7 @@ def main() -> None:
                 f"{mixer:12} {l:8} {found['ms']:10.2f} {found['tokens_per_s']:12,} {found['peak_gb']:8.2f}", flush=True
             )
             if device.type == "cuda":
-                name = "scaling-recompute" if options.recompute else "scaling"
-                record.write_rows(f"{gpu.removeprefix('NVIDIA ').lower().replace(' ', '-')}/{name}", rows)
+                record.write_rows("scaling-recompute" if options.recompute else "scaling", rows)
             if found["ms"] > 1e3 * options.most:
                 break
 

@@ -12,8 +12,6 @@ import argparse
 import gc
 import importlib
 import math
-import os
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -117,15 +115,8 @@ def main(
     parser.add_argument("--seconds", type=float, default=0.15, help="of repeats per row")
     parser.add_argument("--commit", help="of these sources, where they are no git checkout")
     options = parser.parse_args()
-    words = sys.argv[1:]
-    if "--commit" in words:  # names what was measured, is no part of how
-        del words[(at := words.index("--commit")) : at + 2]
     torch.manual_seed(0)
-    gpu = torch.cuda.get_device_name()
-    about = {
-        "gpu": gpu, "versions": record.versions(), "commit": options.commit or record.commit(),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *words]),
-    }  # fmt: skip
+    about = record.origin(options.commit)
     rows: list[dict[str, Any]] = []
     cases = [(shape, l) for shape in shapes for l in options.lengths if l <= longest(shape)]
     print(f"{'shape':44} {'l':>8} {'implementation':14} {'pass':8} {'ms':>9} {'floor':>8} {'peak GB':>8}  against")
@@ -139,7 +130,8 @@ def main(
                         rows.append(row | about)
                         _compare(rows)
                         _print(rows[-1])
-                    record.write_rows(f"{gpu.removeprefix('NVIDIA ').lower().replace(' ', '-')}/{op}", rows)
+                    if rows:
+                        record.write_rows(op, rows)
 
 
 def _compare(rows: Sequence[dict[str, Any]]) -> None:

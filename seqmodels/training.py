@@ -84,7 +84,7 @@ class TrainingConfig:
     carry_state: bool = False
     "Rows of a batch go on from those of the batch before: endless streams, gradients cut between batches."
     recompute: bool = False
-    "Keep what enters each layer only, and compute the rest again going back: less memory, about a third more time."
+    "Keep what enters each layer only, and compute the rest again going back: less memory, for another pass forward."
     ema_decay: float = 0.0
     "Decay of the exponential moving average of the weights that is validated and kept; 0 means none."
     validate_every: int = 200
