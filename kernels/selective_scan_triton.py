@@ -117,6 +117,14 @@ def _decay(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _program(segments, GROUPS: tl.constexpr, BLOCKS: tl.constexpr):
+    """What a program of a walk takes: segment, batch entry, group and block of its channels."""
+    pid = tl.program_id(0)
+    i = pid // (GROUPS * BLOCKS)
+    return i % segments, (i // segments).to(tl.int64), pid % (GROUPS * BLOCKS) // BLOCKS, pid % BLOCKS
+
+
+@triton.jit
 def _place(
     A_ptr, bias_ptr, one, group, block,
     e: tl.constexpr, n: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
@@ -188,12 +196,8 @@ def _walk(
     channels are constants: an address then costs nothing but a constant offset.
     """
     BLOCKS: tl.constexpr = (e // GROUPS + E - 1) // E
-    pid = tl.program_id(0)
-    walked = segments if OUTPUT else segments - 1
-    segment = (pid // (GROUPS * BLOCKS)) % walked
-    i_b = (pid // (GROUPS * BLOCKS) // walked).to(tl.int64)
-    group = pid % (GROUPS * BLOCKS) // BLOCKS
-    o_e, m_e, o_n, e_h, n_h, m_h, A, bias = _place(A_ptr, bias_ptr, one, group, pid % BLOCKS, e, n, GROUPS, N, E)
+    segment, i_b, group, block = _program(segments if OUTPUT else segments - 1, GROUPS, BLOCKS)
+    o_e, m_e, o_n, e_h, n_h, m_h, A, bias = _place(A_ptr, bias_ptr, one, group, block, e, n, GROUPS, N, E)
     here, row = None if (e // GROUPS) % E == 0 else m_e, None if n == N else o_n < n
     first = segment.to(tl.int64) * per_segment * STEPS
     x_ptr += (i_b * x_b + first) * x_l
@@ -334,11 +338,9 @@ def _walk_back(
     The first EMPTY segments have no steps.
     """
     BLOCKS: tl.constexpr = (e // GROUPS + E - 1) // E
-    pid = tl.program_id(0)
-    segment = (pid // (GROUPS * BLOCKS)) % (segments - 1) + 1
-    i_b = (pid // (GROUPS * BLOCKS) // (segments - 1)).to(tl.int64)
-    group = pid % (GROUPS * BLOCKS) // BLOCKS
-    o_e, m_e, o_n, e_h, n_h, m_h, A, bias = _place(A_ptr, bias_ptr, one, group, pid % BLOCKS, e, n, GROUPS, N, E)
+    segment, i_b, group, block = _program(segments - 1, GROUPS, BLOCKS)
+    segment += 1
+    o_e, m_e, o_n, e_h, n_h, m_h, A, bias = _place(A_ptr, bias_ptr, one, group, block, e, n, GROUPS, N, E)
     here, row = None if (e // GROUPS) % E == 0 else m_e, None if n == N else o_n < n
     first = (segment - EMPTY).to(tl.int64) * per_segment * STEPS
     dy_ptr += (i_b * dy_b + first) * dy_l
@@ -371,6 +373,13 @@ def _walk_back(
 
 
 # Gradients for inputs of 16 bits.
+
+
+@triton.jit
+def _pair_place(one, group, block, PER: tl.constexpr, E: tl.constexpr):
+    """Where a program's pairs of channels are, [e / 2], and their mask."""
+    within = block * (E // 2) + tl.arange(0, E // 2) * one
+    return group * (PER // 2) + within, within < PER // 2
 
 
 @triton.jit
@@ -468,16 +477,11 @@ def _walk_gradients(
     """
     PER: tl.constexpr = e // GROUPS
     BLOCKS: tl.constexpr = (PER + E - 1) // E
-    pid = tl.program_id(0)
-    segment = (pid // (GROUPS * BLOCKS)) % segments
-    i_b = (pid // (GROUPS * BLOCKS) // segments).to(tl.int64)
-    group = pid % (GROUPS * BLOCKS) // BLOCKS
-    block = pid % BLOCKS
+    segment, i_b, group, block = _program(segments, GROUPS, BLOCKS)
     o_e, m_e, o_n, e_h, n_h, m_h, A, bias = _place(A_ptr, bias_ptr, one, group, block, e, n, GROUPS, N, E)
     here, row = None if PER % E == 0 else m_e, None if n == N else o_n < n
-    o_pair = block * (E // 2) + tl.arange(0, E // 2) * one
-    pair = None if PER % E == 0 else o_pair < PER // 2
-    o_pair += group * (PER // 2)
+    o_pair, m_pair = _pair_place(one, group, block, PER, E)
+    pair = None if PER % E == 0 else m_pair
     first = segment.to(tl.int64) * per_segment * STEPS
     dy_ptr += (i_b * dy_b + first) * dy_l
     x_ptr += (i_b * x_b + first) * x_l
@@ -610,16 +614,11 @@ def _walk_back_gradients(
     """
     PER: tl.constexpr = e // GROUPS
     BLOCKS: tl.constexpr = (PER + E - 1) // E
-    pid = tl.program_id(0)
-    segment = (pid // (GROUPS * BLOCKS)) % segments
-    i_b = (pid // (GROUPS * BLOCKS) // segments).to(tl.int64)
-    group = pid % (GROUPS * BLOCKS) // BLOCKS
-    block = pid % BLOCKS
+    segment, i_b, group, block = _program(segments, GROUPS, BLOCKS)
     o_e, m_e, o_n, e_h, n_h, m_h, A, bias = _place(A_ptr, bias_ptr, one, group, block, e, n, GROUPS, N, E)
     here, row = None if PER % E == 0 else m_e, None if n == N else o_n < n
-    o_pair = block * (E // 2) + tl.arange(0, E // 2) * one
-    pair = None if PER % E == 0 else o_pair < PER // 2
-    o_pair += group * (PER // 2)
+    o_pair, m_pair = _pair_place(one, group, block, PER, E)
+    pair = None if PER % E == 0 else m_pair
     first = segment.to(tl.int64) * per_segment * STEPS
     dy_ptr += (i_b * dy_b + first) * dy_l
     x_ptr += (i_b * x_b + first) * x_l
