@@ -175,11 +175,13 @@ def _runs(run_ptr, first, length, real, o_q, Q):
 
 @triton.jit(do_not_specialize=["stretches"])
 def _chain(
-    local_ptr, keep_ptr, outer_ptr, edge_ptr, end_ptr, stretches,
+    edge_ptr, keep_ptr, outer_ptr, end_ptr, stretches,
     HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The state that enters each stretch (edge_ptr) from the stretches' own; from outer_ptr (or zero) to end_ptr."""
+    """In edge_ptr, in the place of each stretch's own end state, the state that enters it; from outer_ptr (or zero) to
+    end_ptr.
+    """
     BLOCKS_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     SIZE: tl.constexpr = BLOCK_N * BLOCK_P
     rows: tl.constexpr = HEADS * BLOCKS_P
@@ -193,7 +195,7 @@ def _chain(
         state = tl.load(outer_ptr + o_outer, mask=real, other=0.0).to(tl.float32)
     for i in tl.range(0, stretches, num_stages=6):
         s = i_b * stretches + (stretches - 1 - i if REVERSE else i)
-        local = tl.load(local_ptr + (s * rows + i_v) * SIZE + o)
+        local = tl.load(edge_ptr + (s * rows + i_v) * SIZE + o)
         keep = tl.load(keep_ptr + s * rows + i_v)
         tl.store(edge_ptr + (s * rows + i_v) * SIZE + o, state)
         state = keep * state + local
@@ -531,11 +533,11 @@ def forward(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     starts = torch.empty(plan.edges, dtype=torch.float32, device=x.device)
     final = starts.new_empty(plan.state)
-    local, keep, own = plan.pieces(x)
+    keep, own = plan.pieces(x)
     shifted, sums = plan.pieces_of_sums(x)
     plan.decays(dt, A, dt_bias, B, C, shifted, sums, own)
-    plan.ends(x, B, run, shifted, sums, local, keep)
-    plan.chain(local, keep, initial_state, starts, final)
+    plan.ends(x, B, run, shifted, sums, starts, keep)
+    plan.chain(starts, keep, initial_state, final)
     plan.outputs(x, B, C, D, run, starts, shifted, sums, own, y, None, None, None, None, None)
     return y, final, starts
 
@@ -552,12 +554,12 @@ def backward(
     A, D, dt_bias, dfinal = (None if t is None else t.contiguous() for t in (A, D, dt_bias, dfinal))
     plan = _backward_plan(dy, dfinal, x, dt, A, B, C, D, dt_bias, run, dB, dC, softplus, low, high)
     dinitial = starts.new_empty(plan.state)
-    local, keep, ends, taken, given, inter, passing, dD_parts, parts = plan.pieces(x)
+    ends, keep, taken, given, inter, passing, dD_parts, parts = plan.pieces(x)
     shifted, sums, within = plan.pieces_of_sums(x)
     states, adjoints = plan.pieces_of_states(x)
     plan.decays(dt, A, dt_bias, None, None, shifted, sums, None)
-    plan.ends(dy, C, run, shifted, sums, local, keep)
-    plan.chain(local, keep, dfinal, ends, dinitial)
+    plan.ends(dy, C, run, shifted, sums, ends, keep)
+    plan.chain(ends, keep, dfinal, dinitial)
     for states_of, adjoints_of, map_gradients in plan.passes:
         states_of(x, B, C, D, run, starts, shifted, sums, None, x, dy, states, None, taken, dD_parts)
         adjoints_of(dy, C, B, D, run, ends, shifted, sums, None, dx, x, adjoints, given, inter, None)
@@ -588,12 +590,12 @@ def _at_edge(v, dt, A, m, dt_bias, run, softplus, low, high, reverse):
     v, dt, m = _ready(v, v.dtype), _ready(dt, dt.dtype), _ready(m, v.dtype)
     A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
     plan = _edge_plan(v, dt, A, m, dt_bias, run, softplus, low, high, reverse)
-    local, keep, entering = plan.pieces(v)
+    edges, keep = plan.pieces(v)
     shifted, sums = plan.pieces_of_sums(v)
-    state = local.new_empty(plan.state)
+    state = edges.new_empty(plan.state)
     plan.decays(dt, A, dt_bias, None, None, shifted, sums, None)
-    plan.ends(v, m, run, shifted, sums, local, keep)
-    plan.chain(local, keep, None, entering, state)
+    plan.ends(v, m, run, shifted, sums, edges, keep)
+    plan.chain(edges, keep, None, state)
     keep = keep[: plan.b * plan.stretches * plan.rows].view(plan.b, plan.stretches, plan.h, -1)
     return state, keep[..., 0].prod(1)
 
@@ -707,7 +709,7 @@ class _Plan:
 class _ForwardPlan(_Plan):
     def __init__(self, x, dt, A, B, C, D, bias, initial, run, softplus, low, high):
         super().__init__(x, B, run)
-        self.pieces = Pieces(torch.float32, self.edges, self.edges[:3], (self.b, self.groups, self.padded))
+        self.pieces = Pieces(torch.float32, self.edges[:3], (self.b, self.groups, self.padded))
         self.pieces_of_sums = Pieces(self.sums_dtype, *[(self.b, self.h, self.padded)] * 2)
         self.decays = self.make_decays(dt, B, C, softplus, low, high)
         self.ends = self.make_ends(x, B, reverse=False)
@@ -723,7 +725,7 @@ class _BackwardPlan(_Plan):
         blocks = triton.cdiv(self.tiles, 4)
         per_step, per_head = (b, rows, self.padded), (b, h, self.padded)
         self.pieces = Pieces(
-            torch.float32, self.edges, self.edges[:3], self.edges, per_step, per_step, per_step, (b, self.tiles, rows),
+            torch.float32, self.edges, self.edges[:3], per_step, per_step, per_step, (b, self.tiles, rows),
             (*self.edges[:3], block_p if skip == 2 else 1), (2, b, blocks, h),
         )  # fmt: skip
         self.pieces_of_sums = Pieces(self.sums_dtype, per_head, per_head, (2, *per_step))
@@ -757,7 +759,7 @@ class _BackwardPlan(_Plan):
 class _EdgePlan(_Plan):
     def __init__(self, v, dt, A, m, bias, run, softplus, low, high, reverse):
         super().__init__(v, m, run)
-        self.pieces = Pieces(torch.float32, self.edges, self.edges[:3], self.edges)
+        self.pieces = Pieces(torch.float32, self.edges, self.edges[:3])
         self.pieces_of_sums = Pieces(self.sums_dtype, *[(self.b, self.h, self.padded)] * 2)
         self.decays = self.make_decays(dt, m, m, softplus, low, high)
         self.ends = self.make_ends(v, m, reverse)
