@@ -114,10 +114,25 @@ class SequenceClassifier(Model):
         self.dropout = nn.Dropout(config.head.dropout)
         self.score = nn.Linear(config.backbone.d_model, len(config.head.labels))
 
-    def forward(self, ids: Tensor, *, lengths: Tensor | None = None, conditions: Tensor | None = None) -> Tensor:
-        """ids (b, l) int64, right-padded where lengths (b,) says so -> logits (b, classes)."""
-        x, _ = self.backbone(ids, None, lengths, None, conditions)
-        return self._score(*self._summarise(x, lengths))
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        conditions: Tensor | None = None,
+    ) -> Tensor:
+        """ids (b, l) int64, right-padded where lengths (b,) says so -> logits (b, classes).
+
+        seq_idx (b, l) int64 says that rows hold several sequences: the number of each step's, 0, 1, ... along the row.
+        Then logits are (b, m, classes) for the m sequences of the fullest row; those that a row lacks mean nothing.
+        """
+        x, _ = self.backbone(ids, None, lengths, seq_idx, conditions)
+        if seq_idx is None:
+            return self._score(*self._summarise(x, lengths))
+        most = seq_idx.max() + 1
+        most = int(most if self.ranks is None else self.ranks.gather(most).max())
+        return self._score(*self._summarise(x, lengths, seq_idx, most)).unflatten(0, (len(ids), most))
 
     def read(self, ids: Tensor, state: Pooled | None = None, *, lengths: Tensor | None = None) -> Pooled:
         """The state after reading one more chunk; `classify(state)` gives what one pass would have given.
@@ -146,9 +161,17 @@ class SequenceClassifier(Model):
         """Logits (b, classes) for what has been read."""
         return self._score(state.summary, state.count)
 
-    def _summarise(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Summary (b, d) and number (b,) of the real positions of x (b, l, d), of all ranks together."""
-        summary, count = self._summarise_own(x, lengths)
+    def _summarise(
+        self, x: Tensor, lengths: Tensor | None, seq_idx: Tensor | None = None, most: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Summary (b, d) and number (b,) of the real positions of x (b, l, d), of all ranks together.
+
+        With seq_idx, of each of `most` sequences of each row: (b * most, d) and (b * most,).
+        """
+        if seq_idx is None:
+            summary, count = self._summarise_own(x, lengths)
+        else:
+            summary, count = self._summarise_packed(x, lengths, seq_idx, most)
         if self.ranks is None:
             return summary, count
         summaries, counts = self.ranks.gather(summary), self.ranks.gather(count)
@@ -172,24 +195,45 @@ class SequenceClassifier(Model):
             return (x * real).sum(1, dtype=_wide_dtype(x)).double(), count
         return x.masked_fill(~real, -math.inf).amax(1).double(), count
 
+    def _summarise_packed(self, x: Tensor, lengths: Tensor | None, seq_idx: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        b, l, d = x.shape
+        if lengths is not None:  # padding as one more sequence, dropped below
+            seq_idx = torch.where(torch.arange(l, device=x.device) < lengths[:, None], seq_idx, most)
+        count = seq_idx.new_zeros(b, most + 1, dtype=torch.long)
+        count.scatter_add_(1, seq_idx.long(), torch.ones_like(seq_idx, dtype=torch.long))
+        if (pool := self.config.head.pool) == "last":
+            last = (count.cumsum(1) - 1).clamp(min=0)[..., None].expand(b, most + 1, d)
+            summary = x.gather(1, last)
+        else:
+            summary = torch.segment_reduce(
+                x.flatten(0, 1).to(_wide_dtype(x)), "max" if pool == "max" else "sum", lengths=count.flatten(), axis=0,
+                unsafe=True,  # without checks, which would wait for a GPU
+            ).view(b, most + 1, d)  # fmt: skip
+        return summary[:, :most].flatten(0, 1).double(), count[:, :most].flatten()
+
     def _score(self, summary: Tensor, count: Tensor) -> Tensor:
         if (pool := self.config.head.pool) in ("mean", "sqrt"):
             count = count.clamp(min=1)[:, None]
             summary = summary / (count if pool == "mean" else count.sqrt())
+        elif pool == "max":
+            summary = summary.masked_fill((count == 0)[:, None], 0)
         weight = self.score.weight
         return self.score(self.dropout(summary.to(weight.dtype)))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy in nats, and {accuracy, count}.
+        """Mean cross-entropy in nats over sequences, and {accuracy, count}.
+
+        Targets are (b,), or (b, m) for rows packed by seq_idx, of up to m sequences: IGNORED where a row has fewer.
 
         With `supervise_every`, training averages it over prefixes of each sequence, and the whole of it: one long
         sequence then teaches every length up to its own.
         """
-        targets, lengths = batch["targets"], batch.get("lengths")
-        x, _ = self.backbone(batch["ids"], None, lengths, None, batch.get("conditions"))
-        logits = self._score(*self._summarise(x, lengths))
-        logits = logits.to(_wide_dtype(logits))
-        loss = F.cross_entropy(logits, targets)
+        targets, lengths, seq_idx = batch["targets"], batch.get("lengths"), batch.get("seq_idx")
+        x, _ = self.backbone(batch["ids"], None, lengths, seq_idx, batch.get("conditions"))
+        logits = self._score(*self._summarise(x, lengths, seq_idx, targets.shape[-1]))
+        logits, targets = logits.to(_wide_dtype(logits)), targets.flatten()
+        count = (targets != IGNORED).sum()
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / count.clamp(min=1)
         read = self._supervised(batch)
         if prefixes := read.shape[1]:
             every = self.config.head.supervise_every
@@ -200,18 +244,22 @@ class SequenceClassifier(Model):
             loss = (loss * len(x) + (losses.view_as(read) * read).sum()) / (len(x) + read.sum())
         if self.ranks is not None:  # all have the same loss; together they have its gradient once
             loss = self.ranks.whole(loss / self.ranks.size)
-        accuracy = (logits.detach().argmax(-1) == targets).float().mean()
-        return loss, {"accuracy": accuracy, "count": torch.tensor(len(logits), device=logits.device)}
+        right = (logits.detach().argmax(-1) == targets).sum()
+        return loss, {"accuracy": right / count.clamp(min=1), "count": count}
 
     def terms(self, batch: dict[str, Tensor]) -> Tensor:
         """Sequences, and the prefixes of them that are supervised too."""
-        return len(batch["ids"]) + self._supervised(batch).sum()
+        return (batch["targets"] != IGNORED).sum() + self._supervised(batch).sum()
 
     def _supervised(self, batch: dict[str, Tensor]) -> Tensor:
         """(b, prefixes) bool: which prefixes of the padded rows are real, and classified too while training."""
         ids, lengths, every = batch["ids"], batch.get("lengths"), self.config.head.supervise_every
         summed = self.config.head.pool in ("mean", "sqrt")
         prefixes = ids.shape[1] // every if every and self.training and summed else 0
+        if prefixes and "seq_idx" in batch:
+            raise InputError(
+                "supervised prefixes need a row for each sequence; set head.supervise_every=0 or do not pack"
+            )
         ends = torch.arange(1, prefixes + 1, device=ids.device) * every
         return (ends <= (ids.shape[1] if lengths is None else lengths[:, None])).expand(len(ids), -1)
 

@@ -8,13 +8,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from seqmodels.batching import best_fit, buckets, draw_batches, draw_packed, pack
 from seqmodels.errors import InputError
+from seqmodels.heads import IGNORED
 from seqmodels.tasks.genomics.inference import batches_by_length
 from seqmodels.tasks.genomics.labelled import LabelledRecords
-from seqmodels.tasks.genomics.tokens import N, Tokens, pad_right, reverse_complement
+from seqmodels.tasks.genomics.tokens import PAD, N, Tokens, pad_right, reverse_complement
 
 Batch = dict[str, torch.Tensor]
 SHORTEST = 1024  # bases of a window at the start of a warm-up of lengths
+MOST_ROWS = 16  # of a packed batch: long ones waste little at their ends, several can be halved where memory is short
 
 
 def parse_lengths(lengths: str | list[int] | None) -> list[int]:
@@ -51,16 +54,19 @@ def training_data(
     augment: bool,
     seed: int,
     length_warmup: int = 0,
+    packed: bool = False,
 ) -> "RecordData | WindowData":
     """The batches of `records`: windows of long records, whole (or cropped) records otherwise.
 
-    `length_warmup` is the number of batches over which windows grow to their length.
+    `length_warmup` is the number of batches over which windows grow to their length; `packed` is for whole records.
     """
     if len(records.classes) < 2:
         raise InputError(f"the data have one class only ({', '.join(records.classes)}); training needs two or more")
     if not 0 < validation_fraction < 1:
         raise InputError(f"validation_fraction is {validation_fraction}; give a number between 0 and 1")
     if records.long:
+        if packed:
+            raise InputError("windows of long records are of one length per batch and need no packing; leave it out")
         return WindowData(
             records,
             lengths or [1024, 8192, 65536],
@@ -80,11 +86,15 @@ def training_data(
         validation_fraction=validation_fraction,
         augment=augment,
         seed=seed,
+        packed=packed,
     )
 
 
 class RecordData:
     """Batches of short records: every training record once per pass, in an order that the seed and the pass decide.
+
+    Records of similar length make a batch, the shorter ones padded; or, if `packed`, records of any length lie end to
+    end in up to MOST_ROWS long rows. Which ones meet is drawn anew in each pass; the number of batches stays.
 
     Validation records are a fraction of each class. With `lengths`, each batch draws one of them, and longer records
     are cut to that length at a random place.
@@ -99,24 +109,56 @@ class RecordData:
         validation_fraction: float,
         augment: bool,
         seed: int,
+        packed: bool = False,
     ):
         self.records, self.lengths, self.batch_tokens = records, lengths, batch_tokens
         self.augment, self.seed = augment, seed
         self.training, self.validation = _split_by_class(records, validation_fraction, seed)
-        longest = max(len(records.tokens[i]) for i in self.training)
-        longest = min(longest, max(lengths)) if lengths else longest
-        self.batch_size = min(max(1, batch_tokens // longest), len(self.training))
+        longest = max(lengths, default=None)
+        self._read = np.array([len(records.tokens[i][:longest]) for i in self.training])  # bases of each record
+        self._buckets = buckets(self._read, batch_tokens)
+        self._per_batch = min(MOST_ROWS, max(1, batch_tokens // int(self._read.max())))  # rows, if packed
+        self._rows = best_fit(self._read, batch_tokens // self._per_batch) if packed else None
+        self._drawn: tuple[int, list[list[NDArray[np.int64]]]] = (-1, [])  # the last pass, whose batches come together
+        self.batches_per_pass = len(self._draw(0))
+
+    def _draw(self, number: int) -> list[list[NDArray[np.int64]]]:
+        """The batches of a pass, as rows of places in `training`."""
+        if self._drawn[0] != number:
+            rng = np.random.default_rng((self.seed, 0, number))
+            if self._rows is None:
+                drawn = [list(batch[:, None]) for batch in draw_batches(self._buckets, rng)]
+            else:
+                drawn = draw_packed(self._rows, self._read, self._per_batch, rng)
+            self._drawn = (number, drawn)
+        return self._drawn[1]
+
+    def _choose(self, step: int) -> tuple[list[NDArray[np.int64]], int | None, np.random.Generator]:
+        """Rows of a batch, the length to which it cuts, and what draws the rest."""
+        rng = np.random.default_rng((self.seed, 1, step))
+        crop = int(rng.choice(self.lengths)) if self.lengths else None
+        return self._draw(step // self.batches_per_pass)[step % self.batches_per_pass], crop, rng
 
     def train_batch(self, step: int) -> Batch:
         """Batch number `step`: a pure function of the seed and the step."""
-        rng = np.random.default_rng((self.seed, 1, step))
-        crop = int(rng.choice(self.lengths)) if self.lengths else None
-        per_pass = len(self.training) // self.batch_size
-        order = np.random.default_rng((self.seed, 0, step // per_pass)).permutation(self.training)
-        start = step % per_pass * self.batch_size
-        places = order[start : start + self.batch_size]
-        sequences = [_augmented(_crop(self.records.tokens[i], crop, rng), self.augment, rng) for i in places]
-        return to_batch(sequences, self.records.labels[places])
+        rows, crop, rng = self._choose(step)
+        rows = [self.training[row] for row in rows]
+        read = [
+            [_augmented(_crop(self.records.tokens[i], crop, rng), self.augment, rng) for i in row] for row in rows
+        ]  # fmt: skip
+        if self._rows is None:
+            return to_batch([sequence for (sequence,) in read], self.records.labels[np.concatenate(rows)])
+        ids, lengths, seq_idx = pack(read, fill=PAD)
+        targets = torch.full((len(rows), max(map(len, rows))), IGNORED)
+        for i, row in enumerate(rows):
+            targets[i, : len(row)] = torch.from_numpy(self.records.labels[row])
+        return {"ids": ids, "lengths": lengths, "seq_idx": seq_idx, "targets": targets}
+
+    def tokens(self, step: int) -> int:
+        """Bases of batch number `step`."""
+        rows, crop, _ = self._choose(step)
+        read = self._read[np.concatenate(rows)]
+        return int((read if crop is None else read.clip(max=crop)).sum())
 
     def validation_batches(self) -> list[Batch]:
         """The held-out records in batches of similar length, cut at the end to the longest window."""
@@ -216,11 +258,21 @@ class WindowData:
 
     def train_batch(self, step: int) -> Batch:
         """Batch number `step`: a pure function of the seed and the step."""
-        rng = np.random.default_rng((self.seed, 1, step))
-        length = min(int(rng.choice(self.lengths)), self._longest(step))
-        labels = rng.integers(len(self.records.classes), size=max(1, self.batch_tokens // length))
+        length, count, rng = self._choose(step)
+        labels = rng.integers(len(self.records.classes), size=count)
         sequences = [_augmented(self._draw(int(label), length, rng), self.augment, rng) for label in labels]
         return to_batch(sequences, labels)
+
+    def tokens(self, step: int) -> int:
+        """Bases of batch number `step`."""
+        length, count, _ = self._choose(step)
+        return length * count
+
+    def _choose(self, step: int) -> tuple[int, int, np.random.Generator]:
+        """Length and number of a batch's windows, and what draws them."""
+        rng = np.random.default_rng((self.seed, 1, step))
+        length = min(int(rng.choice(self.lengths)), self._longest(step))
+        return length, max(1, self.batch_tokens // length), rng
 
     def _longest(self, step: int) -> int:
         longest = max(self.lengths)

@@ -218,14 +218,57 @@ def test_augmentation_turns_about_half_of_the_windows(long_folder):
     assert 0.3 < np.mean(turned) < 0.7
 
 
-def test_each_pass_shows_every_training_record_once(short_table):
-    data = training_data(load_labelled(short_table), [], **{**OPTIONS, "batch_tokens": 160})
+def sequences_of(batch):
+    """The sequences of a padded or packed batch as texts, and their labels."""
+    if "seq_idx" not in batch:
+        rows = zip(batch["ids"], batch["lengths"], strict=True)
+        return [decode(ids[:n].numpy().astype(np.uint8)) for ids, n in rows], batch["targets"].tolist()
+    texts, labels = [], []
+    for ids, length, seq_idx, targets in zip(
+        *(batch[k] for k in ("ids", "lengths", "seq_idx", "targets")), strict=True
+    ):
+        for number in range(int(seq_idx[:length].max()) + 1):
+            texts.append(decode(ids[:length][seq_idx[:length] == number].numpy().astype(np.uint8)))
+            labels.append(int(targets[number]))
+        assert (targets[number + 1 :] == -100).all()
+    return texts, labels
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_pass_shows_every_training_record_once_with_its_label(short_table, packed):
+    data = training_data(load_labelled(short_table), [], **{**OPTIONS, "batch_tokens": 160}, packed=packed)
     assert len(data.training) == 48
-    assert data.batch_size == 4
+    expected = sorted((decode(data.records.tokens[i]), int(data.records.labels[i])) for i in data.training)
+    passes = []
     for a_pass in (0, 1):
-        rows = [r for step in range(12) for r in data.train_batch(12 * a_pass + step)["ids"].tolist()]
-        shown = sorted(tuple(i for i in row if i != 4) for row in rows)
-        assert shown == sorted(tuple(data.records.tokens[i].tolist()) for i in data.training)
+        batches = [data.train_batch(a_pass * data.batches_per_pass + i) for i in range(data.batches_per_pass)]
+        assert all(batch["ids"].numel() <= 160 for batch in batches)
+        assert sorted(pair for batch in batches for pair in zip(*sequences_of(batch), strict=True)) == expected
+        passes.append([sequences_of(batch)[0] for batch in batches])
+    assert passes[0] != passes[1]
+
+
+def test_packed_records_are_cut_and_turned_like_any(short_table):
+    options = {**OPTIONS, "batch_tokens": 160, "augment": True}
+    data = training_data(load_labelled(short_table), [10, 20], **options, packed=True)
+    whole = [decode(tokens) for tokens in data.records.tokens]
+    either = " ".join(whole + [decode(reverse_complement(tokens)) for tokens in data.records.tokens])
+    texts = [text for step in range(20) for text in sequences_of(data.train_batch(step))[0]]
+    assert all(text in either for text in texts)
+    assert {len(text) for text in texts if len(text) >= 10} >= {10, 20}
+    assert max(map(len, texts)) == 20
+    assert all(data.tokens(n) == data.train_batch(n)["lengths"].sum() for n in range(10))
+
+
+def test_the_number_of_bases_of_a_batch_is_known_without_reading_it(data):
+    data = data()
+    for step in (0, 3, 17, 40):
+        assert data.tokens(step) == data.train_batch(step)["lengths"].sum()
+
+
+def test_packed_windows_are_refused(long_folder):
+    with pytest.raises(InputError, match="windows of long records are of one length per batch and need no packing"):
+        training_data(load_labelled(long_folder, split="train"), [20], **OPTIONS, packed=True)
 
 
 def test_each_class_gives_the_same_part_to_validation(short_table):

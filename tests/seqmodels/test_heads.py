@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqmodels
 from seqmodels import heads, presets
-from seqmodels.config import HeadConfig, ModelConfig
+from seqmodels.batching import pack
+from seqmodels.config import HeadConfig, KmerConfig, ModelConfig
 from seqmodels.errors import InputError
 
 
@@ -40,6 +41,62 @@ def test_padding_and_neighbours_change_no_label(pool, bidirectional):
     for row, length in enumerate(lengths):
         alone = model(ids[row : row + 1, :length])
         torch.testing.assert_close(padded[row : row + 1], alone, rtol=1e-6, atol=1e-7)
+
+
+def packed(sequences, rows):
+    """The batch in which each row holds the sequences of these numbers end to end."""
+    ids, lengths, seq_idx = pack([[sequences[i] for i in row] for row in rows])
+    return {"ids": ids, "lengths": lengths, "seq_idx": seq_idx}
+
+
+SEQUENCES = [torch.randint(0, 11, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 1, 17, 30, 2, 5)]
+ROWS = [[2, 1, 0, 4], [3], [5, 4]]
+PACKED_BACKBONES = {
+    "mamba": presets.mamba(16, 2, d_state=4),
+    "mamba2": presets.mamba2(16, 2, head_dim=8, d_state=4, chunk_size=8),
+    "bi-mamba": presets.mamba(16, 2, d_state=4, bidirectional=True),
+    "bi-mamba2": presets.mamba2(16, 2, head_dim=8, d_state=4, chunk_size=8, bidirectional=True),
+    "attention": presets.attention(16, 2, num_heads=2),
+    "lstm": presets.lstm(16, 1),
+    "k-mers": dataclasses.replace(
+        presets.mamba2(16, 1, head_dim=8, d_state=4), kmer=KmerConfig(k=3, alphabet=(2, 3, 5, 7), width=6)
+    ),
+}
+
+
+@pytest.mark.parametrize("pool", ["last", "mean", "sqrt", "max"])
+@pytest.mark.parametrize("backbone", PACKED_BACKBONES)
+@torch.no_grad()
+def test_packed_sequences_get_the_labels_of_each_alone(backbone, pool):
+    model = seqmodels.build(
+        dataclasses.replace(classifier(pool).config, backbone=PACKED_BACKBONES[backbone]), seed=0
+    ).double()  # fmt: skip
+    model.eval()
+    logits = model(**packed(SEQUENCES, ROWS))
+    assert logits.shape == (3, 4, 3)
+    for row, numbers in enumerate(ROWS):
+        for place, i in enumerate(numbers):
+            torch.testing.assert_close(logits[row, place], model(SEQUENCES[i][None])[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("pool", ["last", "mean", "sqrt", "max"])
+def test_a_packed_batch_has_the_loss_and_gradients_of_its_sequences_in_rows_of_their_own(pool):
+    model, labels = classifier(pool), torch.tensor([2, 0, 1, 1, 2, 0])
+    ids, lengths, _ = pack([[SEQUENCES[i]] for row in ROWS for i in row])
+    padded = {"ids": ids, "lengths": lengths, "targets": labels[[i for row in ROWS for i in row]]}
+    targets = torch.tensor([[1, 0, 2, 2], [1, -100, -100, -100], [0, 2, -100, -100]])
+    results = []
+    for batch in (padded, packed(SEQUENCES, ROWS) | {"targets": targets}):
+        loss, metrics = model.loss(batch)
+        assert model.terms(batch) == metrics["count"] == 7
+        results.append((loss, metrics["accuracy"], torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-9)
+
+
+def test_supervised_prefixes_of_packed_sequences_are_refused():
+    model = classifier("mean", supervise_every=4).train()
+    with pytest.raises(InputError, match="supervised prefixes need a row for each sequence"):
+        model.loss(packed(SEQUENCES, ROWS) | {"targets": torch.zeros(3, 4, dtype=torch.long)})
 
 
 def test_a_bidirectional_classifier_says_that_it_cannot_read_in_chunks():
