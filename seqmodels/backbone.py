@@ -76,11 +76,15 @@ class Layer(nn.Module):
         else:
             x, residual = self.norm(x, residual, self.residual_in_fp32)
             x, state = self.mixer(x, state, lengths, seq_idx)
+        return *self.after_mixer(x, residual), state
+
+    def after_mixer(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """What follows the mixer: (x, residual) -> (x, residual)."""
         x = self.dropout(x)
         if self.mlp is not None:
             x, residual = self.norm2(x, residual, self.residual_in_fp32)
             x = self.dropout(self.mlp(x))
-        return x, residual, state
+        return x, residual
 
 
 class Layers(nn.Module):
@@ -209,12 +213,20 @@ class Backbone(Layers):
     ) -> tuple[Tensor, BackboneState]:
         """(b, l) -> (b, l, d) and the state after the last real step."""
         seq_idx = None if seq_idx is None else hold_over_padding(seq_idx, lengths)
-        x, recent = self.conditions(self.embedding(ids), conditions), None
-        if self.kmer is not None:
-            words, recent = self.kmer(ids, None if state is None else state.recent, lengths, seq_idx)
-            x = x + words
+        x, recent = self.embed(ids, None if state is None else state.recent, lengths, seq_idx, conditions)
         x, layers = self.read(x, None if state is None else state.layers, lengths, seq_idx)
         return x, BackboneState(recent, layers)
+
+    def embed(
+        self, ids: Tensor, recent: Tensor | None, lengths: Tensor | None, seq_idx: Tensor | None,
+        conditions: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """What enters the first layer (b, l, d), and the last k - 1 ids if k-mers are embedded."""
+        x = self.conditions(self.embedding(ids), conditions)
+        if self.kmer is None:
+            return x, None
+        words, recent = self.kmer(ids, recent, lengths, seq_idx)
+        return x + words, recent
 
 
 def rescale_residual_projections(stack: Layers) -> None:

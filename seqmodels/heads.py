@@ -1,7 +1,7 @@
 """Models: a backbone and a head. Next or masked token, one label per sequence, one label per position."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -142,9 +142,23 @@ class SequenceClassifier(Model):
         """
         if not self.causal:
             raise InputError(
-                "this model is bidirectional and cannot read in chunks; pass the whole sequence to forward"
+                "this model is bidirectional and cannot read in chunks; pass the whole sequence to forward, or see "
+                "seqmodels/sweeps.py"
             )
         x, inner = self.backbone(ids, None if state is None else state.backbone, lengths)
+        return self._pool(state, inner, x, lengths)
+
+    def pool(self, features: Iterable[Tensor]) -> Pooled:
+        """The state after features (b, l, d) that come stretch by stretch, from left to right (seqmodels/sweeps.py)."""
+        state = None
+        for x in features:
+            state = self._pool(state, (), x, None)
+        if state is None:
+            raise InputError("there is nothing to pool: the sequence is empty")
+        return state
+
+    def _pool(self, state: Pooled | None, inner: tuple, x: Tensor, lengths: Tensor | None) -> Pooled:
+        """The state with the features of one more stretch."""
         summary, count = self._summarise(x, lengths)
         if state is not None:
             pool = self.config.head.pool

@@ -252,6 +252,16 @@ class Bidirectional(nn.Module):
         backward, _ = self.mamba_rev(_reorder(x, order), None, lengths, reversed_idx)
         return forward + _reorder(backward, _inverse(order)), None
 
+    def one_direction(self, x: Tensor, state: Any, backwards: bool) -> tuple[Tensor, Any]:
+        """What one of the mixers adds to a stretch (b, l, d), and its state where it leaves the stretch.
+
+        The state is that of the stretch to the left, or to the right for the mixer that reads backwards.
+        """
+        if not backwards:
+            return self.mamba_fwd(x, state)
+        y, state = self.mamba_rev(x.flip(1), state)
+        return y.flip(1), state
+
 
 def hold_over_padding(seq_idx: Tensor, lengths: Tensor | None) -> Tensor:
     """seq_idx (b, l) whose padding belongs to the last real sequence, so that nothing resets there."""
