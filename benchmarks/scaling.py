@@ -5,7 +5,7 @@
 
 8 layers of width 256, one label per sequence, batch 1, weights in float32, autocast to bfloat16. A step is loss,
 backward and AdamW; `ms` is the median, `peak_gb` all of its memory. A mixer's lengths end where it runs out of memory
-or a step takes more than --most seconds. --recompute keeps only the layers' inputs.
+or a step takes more than --most seconds. --recompute keeps the activations of so many tokens at a time.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import seqmodels
 from seqmodels.config import BackboneConfig, HeadConfig, ModelConfig
 from seqmodels.heads import Model
 from seqmodels.presets import attention, lstm, mamba, mamba2
-from seqmodels.training import recompute_layers
+from seqmodels.recompute import recompute_layers
 
 LENGTHS = tuple(1 << k for k in range(10, 23))
 WARM_UP, STEPS = 2, 5
@@ -90,11 +90,11 @@ def time_steps(
     return 1e3 * statistics.median(seconds[WARM_UP:] or seconds[-1:]), peak, loss.item()
 
 
-def measure(backbone: BackboneConfig, l: int, device: torch.device, recompute: bool, most: float) -> dict[str, Any]:
+def measure(backbone: BackboneConfig, l: int, device: torch.device, recompute: int, most: float) -> dict[str, Any]:
     """Milliseconds and memory of a step."""
     model = classifier(backbone).to(device)
     if recompute:
-        recompute_layers(model)
+        recompute_layers(model, recompute)
     batch = {name: t.to(device) for name, t in letters(l).items()}
     ms, peak, _ = time_steps(model, batch, device, most=most)
     return {"ms": round(ms, 3), "tokens_per_s": round(1e3 * l / ms), "peak_gb": round(peak, 3)}
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--most", type=float, default=5.0, help="seconds of a step after which lengths end")
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--recompute", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--commit", help="of these sources, where they are no git checkout")
     options = parser.parse_args()
@@ -132,7 +132,7 @@ def main() -> None:
                 f"{mixer:12} {l:8} {found['ms']:10.2f} {found['tokens_per_s']:12,} {found['peak_gb']:8.2f}", flush=True
             )
             if device.type == "cuda":
-                record.write_rows("scaling-recompute" if options.recompute else "scaling", rows)
+                record.write_rows(f"scaling-recompute-{options.recompute}" if options.recompute else "scaling", rows)
             if found["ms"] > 1e3 * options.most:
                 break
 

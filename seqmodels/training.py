@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure, tree_unflatten
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from seqmodels.backbone import Layer
@@ -45,6 +44,7 @@ from seqmodels.config import ModelConfig, to_dict
 from seqmodels.errors import InputError
 from seqmodels.files import make_folder, write_json
 from seqmodels.heads import Model, build
+from seqmodels.recompute import recompute_layers
 
 Batch = dict[str, Tensor]
 
@@ -83,8 +83,8 @@ class TrainingConfig:
     "Arithmetic: float32, or bfloat16 with float32 weights."
     carry_state: bool = False
     "Rows of a batch go on from those of the batch before: endless streams, gradients cut between batches."
-    recompute: bool = False
-    "Keep what enters each layer only, and compute the rest again going back: less memory, for another pass forward."
+    recompute: int = 0
+    "Tokens whose activations are kept at a time, the others being computed again going back; 0 keeps all."
     ema_decay: float = 0.0
     "Decay of the exponential moving average of the weights that is validated and kept; 0 means none."
     validate_every: int = 200
@@ -139,7 +139,8 @@ def fit(
     if start_from is not None and last is None:
         _take_over(model, start_from)
     if training.recompute:
-        recompute_layers(model)
+        one = training.devices * training.num_nodes == 1  # sharded or shared sequences are read in one stretch
+        recompute_layers(model, training.recompute if one else 0)
     task = (_ShardedTask if training.strategy == "fsdp2" else _Task)(model, data, training)
     kept: dict[str, Any] = {"dirpath": run / "checkpoints", "enable_version_counter": False}
     checkpoints = [
@@ -246,13 +247,6 @@ def _take_over(model: Model, start_from: str) -> None:
 
 def _settings(training: TrainingConfig) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(training).items() if k not in ("resume", "device", "num_workers")}
-
-
-def recompute_layers(model: nn.Module) -> None:
-    """From now on the layers of a model keep their inputs only, and compute what gradients need again going back."""
-    for layer in model.modules():
-        if isinstance(layer, Layer):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
