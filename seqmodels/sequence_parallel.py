@@ -24,7 +24,8 @@ gradient of the rank's own part. Three ways to train:
   reduce_gradients(model, mesh["sequence"]);
 - DistributedDataParallel or FSDP over all ranks, which take the mean over all: the backward of loss * mesh["sequence"].
   size() is then all there is to do, and FSDP shards the weights over all GPUs.
-The data loader gives the ranks of one "sequence" group the same rows; seed their dropout apart.
+The data loader gives the ranks of one "sequence" group the same rows; seed their dropout apart. The trainer does all
+this in the third way: TrainingConfig.sequence_parallel, `--training.sequence-parallel` of the commands.
 """
 
 from typing import Any
@@ -47,7 +48,7 @@ _SPLIT = ("ids", "targets", "seq_idx")  # of a batch, what has a step dimension
 
 def parallelise(model: Model, mesh: DeviceMesh) -> Model:
     """The model itself, whose calls from now on take this rank's stretch; mesh has a dimension "sequence"."""
-    _refuse(model)
+    check_shareable(model)
     group = _dimension(mesh, "sequence").get_group()
     ranks = Ranks(group) if dist.get_world_size(group) > 1 else None
     for module in model.modules():
@@ -57,6 +58,24 @@ def parallelise(model: Model, mesh: DeviceMesh) -> Model:
         if isinstance(module, Bidirectional) and ranks is not None:
             module.mamba_rev.ranks = Ranks(group, backwards=True)
     return model
+
+
+def check_shareable(model: nn.Module) -> None:
+    """Refuses models with parts that would need the steps of other ranks."""
+    for module in model.modules():
+        if isinstance(module, Multiscale) and len(module.pool):
+            raise InputError(
+                "a U-Net pools steps across stretches and cannot share a sequence between ranks; use a flat backbone "
+                "of Mamba or Mamba-2 layers, or data parallelism alone"
+            )
+        if isinstance(module, (Attention, Recurrent)):
+            kind = "attention" if isinstance(module, Attention) else "an RNN"
+            raise InputError(
+                f"{kind} cannot share a sequence between ranks; use Mamba or Mamba-2 layers (also bidirectional), or "
+                "data parallelism alone"
+            )
+    if isinstance(model, Model) and model.config.head.supervise_every:
+        raise InputError("supervised prefixes end within stretches; set head.supervise_every=0 to share a sequence")
 
 
 def stretch(length: int, mesh: DeviceMesh) -> slice:
@@ -156,21 +175,3 @@ def _dimension(mesh: DeviceMesh, name: str) -> DeviceMesh:
     if name not in (mesh.mesh_dim_names or ()):
         raise InputError(f"the mesh has the dimensions {mesh.mesh_dim_names}; name one of them {name!r}")
     return mesh[name]
-
-
-def _refuse(model: nn.Module) -> None:
-    """Models with parts that would need the steps of other ranks."""
-    for module in model.modules():
-        if isinstance(module, Multiscale):
-            raise InputError(
-                "a U-Net pools steps across stretches and cannot share a sequence between ranks; use a flat backbone "
-                "of Mamba or Mamba-2 layers, or data parallelism alone"
-            )
-        if isinstance(module, (Attention, Recurrent)):
-            kind = "attention" if isinstance(module, Attention) else "an RNN"
-            raise InputError(
-                f"{kind} cannot share a sequence between ranks; use Mamba or Mamba-2 layers (also bidirectional), or "
-                "data parallelism alone"
-            )
-    if isinstance(model, Model) and model.config.head.supervise_every:
-        raise InputError("supervised prefixes end within stretches; set head.supervise_every=0 to share a sequence")

@@ -1,9 +1,12 @@
 """Training through Lightning: parameter groups, schedule, validation, checkpoints, and exact resume.
 
 A data set is anything with `train_batch(number)`, a pure function of the number, and `validation_batches()`. Step s
-reads the batches s * a * w ... (s + 1) * a * w - 1, for `accumulate` a and w processes, of which process r takes every
-w-th from r on: two processes make the steps of one with twice the `accumulate`. Dropout is seeded by the number. This
+reads the batches s * a * w ... (s + 1) * a * w - 1, for `accumulate` a and w readers, of which reader r takes every
+w-th from r on: two readers make the steps of one with twice the `accumulate`. Dropout is seeded by the number. This
 makes a resumed run repeat the uninterrupted one, also after a kill.
+
+A reader is a process or, with `sequence_parallel` above 1, that many of them: all get the same batches, each takes its
+stretch of every sequence (seqmodels/sequence_parallel.py), and the step is that of one process.
 
 What goes wrong on the way: a loss or gradient that is no number ends the run before it reaches the weights; a batch
 that does not fit into the GPU's memory is read in parts, whose gradients add up to the same step.
@@ -33,6 +36,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure, tree_unflatten
@@ -45,6 +49,7 @@ from seqmodels.errors import InputError
 from seqmodels.files import make_folder, write_json
 from seqmodels.heads import Model, build
 from seqmodels.recompute import recompute_layers
+from seqmodels.sequence_parallel import check_shareable, parallelise, split
 
 Batch = dict[str, Tensor]
 
@@ -97,6 +102,8 @@ class TrainingConfig:
     "Where to train."
     devices: int = 1
     "GPUs (or processes on a CPU) per node. Each reads its own batches: accumulate * devices * num_nodes make a step."
+    sequence_parallel: int = 1
+    "GPUs that share each sequence, a stretch on each; they read the same batches, as many fewer make a step."
     num_nodes: int = 1
     "Machines; start the same command on each with torchrun, which then also says how many processes there are."
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
@@ -111,9 +118,14 @@ class TrainingConfig:
     "Go on from the run folder's last checkpoint."
 
     @property
+    def readers(self) -> int:
+        """Groups of processes that read batches of their own; without sequence parallelism each process is one."""
+        return self.devices * self.num_nodes // self.sequence_parallel
+
+    @property
     def batches_per_step(self) -> int:
         """Batches that make one step, over all processes."""
-        return self.accumulate * self.devices * self.num_nodes
+        return self.accumulate * self.readers
 
 
 def fit(
@@ -134,8 +146,10 @@ def fit(
     training = as_started(training)
     if training.carry_state and config.head.task != "next_token":
         raise InputError(f"carry_state is for next-token models, not for task {config.head.task!r}; leave it out")
-    last = _prepare_run(config, training, run)
     model = build(config, seed=training.seed)
+    if training.sequence_parallel > 1:
+        check_shareable(model)
+    last = _prepare_run(config, training, run)
     if start_from is not None and last is None:
         _take_over(model, start_from)
     if training.recompute:
@@ -197,13 +211,20 @@ def as_started(training: TrainingConfig) -> TrainingConfig:
     if started is not None:
         nodes = int(os.environ["WORLD_SIZE"]) // here
         training = dataclasses.replace(training, devices=here, num_nodes=nodes)
+    processes, shared = training.devices * training.num_nodes, training.sequence_parallel
+    if shared < 1 or processes % shared:
+        raise InputError(
+            f"sequence_parallel is {shared}, but there are {processes} processes; give a divisor of it, or other "
+            "--training.devices"
+        )
     if training.strategy == "fsdp2" and training.ema_decay:
         raise InputError(
             "fsdp2 keeps no moving average of weights; give --training.ema-decay 0 or --training.strategy ddp"
         )
-    if training.carry_state and training.devices * training.num_nodes > 1:
+    if training.carry_state and training.readers > 1:
         raise InputError(
-            "carry_state reads one batch after the other and works with one process; leave one of them out"
+            "carry_state reads one batch after the other and works with one process, or with several that share each "
+            "sequence (sequence_parallel); leave one of them out"
         )
     return training
 
@@ -288,18 +309,31 @@ class _Task(pl.LightningModule):
         self.model, self.data, self.training_config = model, data, training
         self.parts = 1  # into which each batch is cut, since a whole one did not fit into memory
         self.state: Any = None  # that the next batch goes on from, if it is carried; as a list of tensors when loaded
+        self.mesh: DeviceMesh | None = None  # readers x processes that share their sequences
+
+    def setup(self, stage: str) -> None:
+        readers, shared = self.training_config.readers, self.training_config.sequence_parallel
+        if shared > 1:  # neighbours share: the links within a node are the fastest
+            device = self.trainer.strategy.root_device.type
+            self.mesh = init_device_mesh(device, (readers, shared), mesh_dim_names=("data", "sequence"))
+            parallelise(self.model, self.mesh)
+
+    @property
+    def reader(self) -> int:
+        """The number of the reader to which this process belongs."""
+        return self.trainer.global_rank // self.training_config.sequence_parallel
 
     def train_dataloader(self) -> DataLoader:
         training, done = self.training_config, self.trainer.global_step
-        numbers = partial(_numbers, training.accumulate, self.trainer.global_rank, self.trainer.world_size)
+        numbers = partial(_numbers, training.accumulate, self.reader, training.readers)
         steps = _Steps(self.data, done, min(training.validate_every, training.max_steps - done), numbers)
         pin = self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(steps, batch_size=None, num_workers=training.num_workers, pin_memory=pin)
 
     def val_dataloader(self) -> DataLoader:
-        batches, rank, world = self.data.validation_batches(), self.trainer.global_rank, self.trainer.world_size
-        own = [(batch, True) for batch in batches[rank::world]]
-        if len(own) < -(-len(batches) // world):  # all processes take as many; this one does not count
+        batches, readers = self.data.validation_batches(), self.training_config.readers
+        own = [(batch, True) for batch in batches[self.reader :: readers]]
+        if len(own) < -(-len(batches) // readers):  # all readers take as many; this one does not count
             own.append((batches[0], False))
         return DataLoader(own, batch_size=None)  # pyright: ignore
 
@@ -323,13 +357,14 @@ class _Task(pl.LightningModule):
 
     def _gradients(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Adds up the gradients of the mean of the batches' losses; that mean, and those of the metrics."""
-        trainer, values = self.trainer, dict[str, Tensor]()
-        numbers = _numbers(len(batches), trainer.global_rank, trainer.world_size, trainer.global_step)
-        state = self._state_before(batches[0])
+        trainer, values, shared = self.trainer, dict[str, Tensor](), self.training_config.sequence_parallel
+        numbers = _numbers(len(batches), self.reader, self.training_config.readers, trainer.global_step)
+        state = self._state_before(self._own(batches[0]))
         for number, batch in zip(numbers, batches, strict=True):
-            # dropout depends on the batch's number alone, so that a resumed run repeats it
-            torch.manual_seed(self.training_config.seed * 1_000_003 + number)
-            parts = _split(batch, self.parts)
+            # dropout depends on the batch's number (and the stretch) alone, so that a resumed run repeats it
+            place = number * shared + trainer.global_rank % shared
+            torch.manual_seed(self.training_config.seed * 1_000_003 + place)
+            parts = _split(self._own(batch), self.parts)
             terms = [self.model.terms(part) for part in parts]
             for part, own in zip(parts, terms, strict=True):
                 share = own / (sum(terms).clamp(min=1) * len(batches))
@@ -340,12 +375,16 @@ class _Task(pl.LightningModule):
                     loss, metrics = self.model.loss(part)
                 last = number == numbers[-1] and part is parts[-1]
                 with nullcontext() if last else self._apart():
-                    self._backward(loss * share)
+                    self._backward(loss * share * shared)  # all processes' mean, but a reader's are parts of one sum
                 for name, value in {"loss": loss.detach(), **metrics}.items():
                     values[name] = values.get(name, 0) + share * value.detach()
         del values["count"]
         self.state = state  # only here: a step may be tried again
         return {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in values.items()}
+
+    def _own(self, batch: Batch) -> Batch:
+        """What this process computes of a batch: its stretch of each sequence, if several share them."""
+        return batch if self.mesh is None else split(batch, self.mesh)
 
     def _state_before(self, batch: Batch) -> Any:
         """The carried state; one that was loaded gets its form back, which a checkpoint cannot hold."""
@@ -370,7 +409,7 @@ class _Task(pl.LightningModule):
         if self.trainer.world_size > 1:
             raise InputError(
                 "out of memory, and several processes cannot cut a batch into parts while the others wait: use smaller "
-                "batches, and a larger --training.accumulate"
+                "batches and a larger --training.accumulate, or share each sequence (--training.sequence-parallel)"
             )
         if self.training_config.carry_state:
             raise InputError(
@@ -423,7 +462,7 @@ class _Task(pl.LightningModule):
         self.parts, self.state = checkpoint.get("parts", 1), checkpoint.get("state")
 
     def validation_step(self, batch: tuple[Batch, bool], batch_idx: int) -> None:
-        loss, metrics = self.model.loss(batch[0])
+        loss, metrics = self.model.loss(self._own(batch[0]))
         shown = {f"val_{k}": v.float() for k, v in metrics.items() if k != "count"}
         self.log_dict({"val_loss": loss, **shown}, batch_size=int(metrics["count"]) * batch[1], sync_dist=True)
 
@@ -446,12 +485,12 @@ class _ShardedTask(_Task):
             if isinstance(layer, Layer):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
-        register_fsdp_forward_method(self.model, "loss")
+        register_fsdp_forward_method(self.model, "loss_from" if self.training_config.carry_state else "loss")
 
 
-def _numbers(accumulate: int, rank: int, world: int, step: int) -> range:
-    """Numbers of the batches of a step that a process takes."""
-    return range(step * accumulate * world + rank, (step + 1) * accumulate * world, world)
+def _numbers(accumulate: int, reader: int, readers: int, step: int) -> range:
+    """Numbers of the batches of a step that a reader takes."""
+    return range(step * accumulate * readers + reader, (step + 1) * accumulate * readers, readers)
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:

@@ -1,7 +1,11 @@
-"""Two processes (gloo, on a CPU) train what one process with twice the batches per step trains."""
+"""Several processes (gloo, on a CPU) train what one process with as many batches per step trains.
+
+Two that read batches of their own, and four of which two or all share each sequence.
+"""
 
 import csv
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -10,31 +14,48 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from seqmodels import presets
 from seqmodels.cli import main
 from seqmodels.config import HeadConfig, ModelConfig
-from seqmodels.training import TrainingConfig, fit
+from seqmodels.errors import InputError
+from seqmodels.training import TrainingConfig, as_started, fit
 
 BACKBONE = dataclasses.replace(presets.mamba2(16, 2, head_dim=8, d_state=4), dropout=0.1)
 CONFIG = ModelConfig(vocab_size=5, backbone=BACKBONE, head=HeadConfig(task="next_token"))
 TRAINING = TrainingConfig(
     max_steps=6, validate_every=2, learning_rate=1e-2, accumulate=2, gradient_clip=0.1, device="cpu"
 )
+PLAIN = dataclasses.replace(CONFIG, backbone=presets.mamba2(16, 2, head_dim=8, d_state=4))
+LABELS = dataclasses.replace(
+    CONFIG,
+    backbone=presets.mamba2(8, 1, bidirectional=True, head_dim=8, d_state=4),
+    head=HeadConfig(task="sequence", labels=("a", "b", "c", "d", "e")),
+)
+SHARED = dataclasses.replace(TRAINING, max_steps=2, validate_every=1, seed=1)
+RUNS = {  # what four processes train, and how many of them share each sequence
+    "shared-ddp": (PLAIN, dataclasses.replace(SHARED, sequence_parallel=2, ema_decay=0.5)),
+    "shared-fsdp2": (LABELS, dataclasses.replace(SHARED, sequence_parallel=2, strategy="fsdp2", recompute=True)),
+    "carried": (PLAIN, dataclasses.replace(SHARED, sequence_parallel=4, strategy="fsdp2", carry_state=True)),
+}
 
 
 class Cycles:
     """Sequences 0 1 2 3 4 0 1 ... from a random start; what goes wrong at batch `broken` is not on the disk."""
 
-    def __init__(self, broken=None):
-        self.broken = broken
+    def __init__(self, broken=None, labels=False, steps=16):
+        self.broken, self.labels, self.steps = broken, labels, steps
 
     def train_batch(self, step):
         if self.broken is not None and step >= self.broken:
             raise ConnectionError
         start = torch.randint(0, 5, (4, 1), generator=torch.Generator().manual_seed(step))
-        ids = (start + torch.arange(17)) % 5
+        ids = (start + torch.arange(self.steps + 1)) % 5
+        if self.labels:
+            return {"ids": ids[:, :-1], "targets": start[:, 0], "lengths": torch.tensor([self.steps, 9, 7, 2])}
         return {"ids": ids[:, :-1], "targets": ids[:, 1:]}
 
     def validation_batches(self):
@@ -52,23 +73,65 @@ def worker(folder):
         fit(CONFIG, Cycles(), dataclasses.replace(training, resume=True), folder / f"{strategy}-broken")
 
 
+def sharing_worker(folder):
+    """The same for RUNS, in float64; also writes down the seeds of dropout, and tries sequences that are too short."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    seeds, seed = [], torch.manual_seed
+    torch.manual_seed = lambda number: (seeds.append(number), seed(number))[1]
+    for name, (config, training) in RUNS.items():
+        labels = config is LABELS
+        seeds.clear()
+        fit(config, Cycles(labels=labels), training, folder / name)
+        (folder / f"{name}-seeds-{os.environ['RANK']}").write_text(json.dumps([n for n in seeds if n > 1]))
+        if name != "shared-ddp":
+            with pytest.raises(ConnectionError):
+                fit(config, Cycles(as_started(training).batches_per_step, labels), training, folder / f"{name}-broken")
+            fit(config, Cycles(labels=labels), dataclasses.replace(training, resume=True), folder / f"{name}-broken")
+    with pytest.raises(InputError, match="9 steps in stretches of 3 leave nothing for the last of 4 ranks"):
+        fit(*RUNS["carried"][:1], Cycles(steps=9), RUNS["carried"][1], folder / "short")
+
+
+def launch(processes, function, folder):
+    """function(folder) in processes started as torchrun starts them, but forked, since importing takes seconds."""
+    config = LaunchConfig(
+        1, 1, processes, start_method="fork", run_id="tests", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        max_restarts=0, monitor_interval=0.1,
+    )  # fmt: skip
+    elastic_launch(config, as_imported)(function, folder)
+
+
+def as_imported(function, folder):
+    rank_zero_only.rank = int(os.environ["RANK"])  # Lightning looks at it when it is imported
+    function(folder)
+
+
 if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
+    launch(2, worker, Path(sys.argv[1]))
+    launch(4, sharing_worker, Path(sys.argv[1]))
 
 
-def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+def run(*command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of the runs of `worker` in two processes, and of `one` with twice the batches per step."""
+    """The folder of the runs of both workers, and of the same runs in one process: `one` and NAME-one."""
     folder = tmp_path_factory.mktemp("runs")
-    done = torchrun(__file__, str(folder))
+    done = run(__file__, str(folder))
     assert done.returncode == 0, done.stderr
     fit(CONFIG, Cycles(), dataclasses.replace(TRAINING, accumulate=4), folder / "one")
+    torch.set_default_dtype(torch.float64)
+    try:
+        for name, (config, training) in RUNS.items():
+            batches = training.accumulate * 4 // training.sequence_parallel
+            alone = {"sequence_parallel": 1, "accumulate": batches, "strategy": "auto", "recompute": False}
+            training = dataclasses.replace(training, **alone)
+            fit(config, Cycles(labels=config is LABELS), training, folder / f"{name}-one")
+    finally:
+        torch.set_default_dtype(torch.float32)
     return folder, done
 
 
@@ -106,6 +169,62 @@ def test_a_broken_run_of_two_processes_resumes_to_the_same_weights_to_the_bit(ru
         torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)
 
 
+def last(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_processes_that_share_each_sequence_make_the_run_of_one(runs, name):
+    folder, _ = runs
+    one, several = last(folder / f"{name}-one"), last(folder / name)
+    torch.testing.assert_close(several["state_dict"], one["state_dict"], rtol=1e-9, atol=1e-9)
+    assert curve(folder / name, 0) == pytest.approx(curve(folder / f"{name}-one", 0), rel=1e-9)
+    torch.testing.assert_close(several.get("state"), one.get("state"), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "shared-ddp"])
+def test_a_broken_run_whose_processes_share_each_sequence_resumes_to_the_same_weights_to_the_bit(runs, name):
+    folder, _ = runs
+    whole, resumed = (last(folder / run)["state_dict"] for run in (name, f"{name}-broken"))
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_dropout_is_seeded_apart_for_every_batch_and_stretch(runs, name):
+    folder, _ = runs
+    training = RUNS[name][1]
+    seeds = [n for rank in range(4) for n in json.loads((folder / f"{name}-seeds-{rank}").read_text())]
+    assert sorted(seeds) == list(range(1_000_003, 1_000_003 + 4 * training.max_steps * training.accumulate))
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (
+            PLAIN,
+            {"devices": 3, "sequence_parallel": 2},
+            "sequence_parallel is 2, but there are 3 processes; give a divisor",
+        ),
+        (PLAIN, {"sequence_parallel": 0}, "sequence_parallel is 0"),
+        (PLAIN, {"devices": 4, "sequence_parallel": 2, "carry_state": True}, "works with one process, or with several"),
+        (
+            dataclasses.replace(CONFIG, backbone=presets.lstm(16, 1)),
+            {"devices": 2, "sequence_parallel": 2},
+            "an RNN cannot share a sequence",
+        ),
+        (
+            dataclasses.replace(CONFIG, backbone=presets.multiscale_mamba2((16, 24), (1, 1), (4,), head_dim=8)),
+            {"devices": 2, "sequence_parallel": 2},
+            "a U-Net pools steps across stretches",
+        ),
+    ],
+)
+def test_what_cannot_share_sequences_is_refused_before_anything_is_written(tmp_path, config, options, message):
+    with pytest.raises(InputError, match=message):
+        fit(config, Cycles(), dataclasses.replace(TRAINING, **options), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_torchrun_of_the_command_trains_and_another_number_of_processes_may_not_resume(tmp_path, capsys):
     rng = np.random.default_rng(0)
     rows = ["".join(rng.choice(list("ACGT"), 30)) + f",{i % 2}" for i in range(20)]
@@ -114,7 +233,8 @@ def test_torchrun_of_the_command_trains_and_another_number_of_processes_may_not_
         f"dna train {tmp_path}/x.csv {tmp_path}/run --batch-tokens 120 --d-model 32 --n-layer 1 --d-state 8 --kmer 3"
     )
     words += " --training.max-steps 2 --training.validate-every 1 --training.device cpu"
-    done = torchrun("-m", "seqmodels", *words.split())
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    done = run(*torchrun.split(), "-m", "seqmodels", *words.split())
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [f"{tmp_path}/run/model"]
     assert done.stderr.count("20 records") == done.stderr.count("step 2/2") == 1
