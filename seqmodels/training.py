@@ -2,8 +2,11 @@
 
 A data set is anything with `train_batch(number)`, a pure function of the number, and `validation_batches()`. Step s
 reads the batches s * a * w ... (s + 1) * a * w - 1, for `accumulate` a and w readers, of which reader r takes every
-w-th from r on: two readers make the steps of one with twice the `accumulate`. Dropout is seeded by the number. This
+w-th from r on: two readers make the steps of one with twice the `accumulate`. With `step_tokens`, a step has as many
+batches, the same number for each reader, as come closest to that many tokens. Dropout is seeded by the number. This
 makes a resumed run repeat the uninterrupted one, also after a kill.
+
+The loss of a step is the mean over all that counts in it (targets, labelled sequences), however unequal its batches.
 
 A reader is a process or, with `sequence_parallel` above 1, that many of them: all get the same batches, each takes its
 stretch of every sequence (seqmodels/sequence_parallel.py), and the step is that of one process.
@@ -14,6 +17,7 @@ that does not fit into the GPU's memory is read in parts, whose gradients add up
 
 import dataclasses
 import gc
+import itertools
 import json
 import logging
 import math
@@ -21,7 +25,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -55,7 +59,10 @@ Batch = dict[str, Tensor]
 
 
 class TrainingData(Protocol):
-    """What a data set offers to `fit`; batches are what the model's `loss` takes."""
+    """What a data set offers to `fit`; batches are what the model's `loss` takes.
+
+    For `step_tokens` it also has `tokens(step)`: how many tokens batch number `step` has, padding left out.
+    """
 
     def train_batch(self, step: int) -> Batch:
         """Batch number `step`, always the same for the same number."""
@@ -84,6 +91,9 @@ class TrainingConfig:
     "Largest norm of the gradient; 0 means no clipping."
     accumulate: int = 1
     "Batches whose gradients make one step."
+    step_tokens: int = 0
+    """Tokens (bases, samples; without padding) whose gradients make one step, about: batches are added up over all GPUs
+    until they come closest to it. 0 means as many batches as `accumulate` says."""
     precision: Literal["32", "bf16"] = "32"
     "Arithmetic: float32, or bfloat16 with float32 weights."
     carry_state: bool = False
@@ -146,6 +156,8 @@ def fit(
     training = as_started(training)
     if training.carry_state and config.head.task != "next_token":
         raise InputError(f"carry_state is for next-token models, not for task {config.head.task!r}; leave it out")
+    if training.step_tokens and not hasattr(data, "tokens"):
+        raise InputError("step_tokens needs data that say how many tokens a batch has; use accumulate instead")
     model = build(config, seed=training.seed)
     if training.sequence_parallel > 1:
         check_shareable(model)
@@ -216,6 +228,11 @@ def as_started(training: TrainingConfig) -> TrainingConfig:
         raise InputError(
             f"sequence_parallel is {shared}, but there are {processes} processes; give a divisor of it, or other "
             "--training.devices"
+        )
+    if training.step_tokens < 0 or (training.step_tokens and training.accumulate != 1):
+        raise InputError(
+            f"step_tokens is {training.step_tokens} and accumulate {training.accumulate}; only one of them can say "
+            "what makes a step"
         )
     if training.strategy == "fsdp2" and training.ema_decay:
         raise InputError(
@@ -288,16 +305,16 @@ def schedule(step: int, max_steps: int, warmup: float) -> float:
 
 
 class _Steps(Dataset):
-    """Steps first, first + 1, ... as a map-style data set: of each this process's batches, whose gradients make it."""
+    """Steps as a map-style data set: of each, this process's batches with their numbers."""
 
-    def __init__(self, data: TrainingData, first: int, count: int, numbers: Callable[[int], range]) -> None:
-        self.data, self.first, self.count, self.numbers = data, first, count, numbers
+    def __init__(self, data: TrainingData, numbers: list[range]) -> None:
+        self.data, self.numbers = data, numbers
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.numbers)
 
-    def __getitem__(self, index: int) -> list[Batch]:
-        return [self.data.train_batch(number) for number in self.numbers(self.first + index)]
+    def __getitem__(self, index: int) -> list[tuple[int, Batch]]:
+        return [(number, self.data.train_batch(number)) for number in self.numbers[index]]
 
 
 class _Task(pl.LightningModule):
@@ -307,6 +324,7 @@ class _Task(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False  # so that a step can be tried again in parts
         self.model, self.data, self.training_config = model, data, training
+        self.read = 0  # batches in the steps so far, of all readers
         self.parts = 1  # into which each batch is cut, since a whole one did not fit into memory
         self.state: Any = None  # that the next batch goes on from, if it is carried; as a list of tensors when loaded
         self.mesh: DeviceMesh | None = None  # readers x processes that share their sequences
@@ -325,8 +343,11 @@ class _Task(pl.LightningModule):
 
     def train_dataloader(self) -> DataLoader:
         training, done = self.training_config, self.trainer.global_step
-        numbers = partial(_numbers, training.accumulate, self.reader, training.readers)
-        steps = _Steps(self.data, done, min(training.validate_every, training.max_steps - done), numbers)
+        bounds = [self.read]
+        for _ in range(min(training.validate_every, training.max_steps - done)):
+            bounds.append(_end_of_step(self.data, training, bounds[-1]))
+        readers = training.readers
+        steps = _Steps(self.data, [range(a + self.reader, b, readers) for a, b in itertools.pairwise(bounds)])
         pin = self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(steps, batch_size=None, num_workers=training.num_workers, pin_memory=pin)
 
@@ -337,13 +358,14 @@ class _Task(pl.LightningModule):
             own.append((batches[0], False))
         return DataLoader(own, batch_size=None)  # pyright: ignore
 
-    def training_step(self, batches: list[Batch], batch_idx: int) -> None:
+    def training_step(self, numbered: list[tuple[int, Batch]], batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
+        numbers, batches = zip(*numbered, strict=True)
         values = None
         while values is None:
             optimizer.zero_grad()
             with suppress(torch.OutOfMemoryError):
-                values = self._gradients(batches)
+                values = self._gradients(numbers, batches)
             if values is None:  # only here the traceback no longer holds the activations
                 optimizer.zero_grad()
                 self._halve(batches)
@@ -353,21 +375,24 @@ class _Task(pl.LightningModule):
             self._stop(float(values["loss"]), float(norm))
         optimizer.step()
         self.lr_schedulers().step()  # pyright: ignore
+        readers = self.training_config.readers
+        self.read = (numbers[-1] // readers + 1) * readers
         self.log_dict({f"train_{name}": value for name, value in values.items()}, batch_size=1)
 
-    def _gradients(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """Adds up the gradients of the mean of the batches' losses; that mean, and those of the metrics."""
+    def _gradients(self, numbers: Sequence[int], batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Adds up the gradients of the mean of the loss over the terms of all batches, and gives the means."""
         trainer, values, shared = self.trainer, dict[str, Tensor](), self.training_config.sequence_parallel
-        numbers = _numbers(len(batches), self.reader, self.training_config.readers, trainer.global_step)
+        cut = [_split(self._own(batch), self.parts) for batch in batches]
+        weights = [[self.model.terms(part) for part in parts] for parts in cut]
+        mean = trainer.strategy.reduce(sum(map(sum, weights)).float(), reduce_op="mean")  # of a process
+        mean = mean.clamp(min=1 / trainer.world_size)
         state = self._state_before(self._own(batches[0]))
-        for number, batch in zip(numbers, batches, strict=True):
+        for number, parts, terms in zip(numbers, cut, weights, strict=True):
             # dropout depends on the batch's number (and the stretch) alone, so that a resumed run repeats it
             place = number * shared + trainer.global_rank % shared
             torch.manual_seed(self.training_config.seed * 1_000_003 + place)
-            parts = _split(self._own(batch), self.parts)
-            terms = [self.model.terms(part) for part in parts]
             for part, own in zip(parts, terms, strict=True):
-                share = own / (sum(terms).clamp(min=1) * len(batches))
+                share = own / mean
                 if self.training_config.carry_state:
                     loss, metrics, state = self.model.loss_from(part, state)  # pyright: ignore
                     state = tree_map_only(Tensor, Tensor.detach, state)
@@ -404,7 +429,7 @@ class _Task(pl.LightningModule):
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
-    def _halve(self, batches: list[Batch]) -> None:
+    def _halve(self, batches: Sequence[Batch]) -> None:
         """Cuts this and all later batches into twice as many parts, or says that one sequence is too long."""
         if self.trainer.world_size > 1:
             raise InputError(
@@ -454,12 +479,12 @@ class _Task(pl.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["parts"] = self.parts
+        checkpoint["read"], checkpoint["parts"] = self.read, self.parts
         if self.state is not None:
             checkpoint["state"] = self.state if isinstance(self.state, list) else tree_leaves(self.state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.parts, self.state = checkpoint.get("parts", 1), checkpoint.get("state")
+        self.read, self.parts, self.state = checkpoint["read"], checkpoint["parts"], checkpoint.get("state")
 
     def validation_step(self, batch: tuple[Batch, bool], batch_idx: int) -> None:
         loss, metrics = self.model.loss(self._own(batch[0]))
@@ -488,9 +513,16 @@ class _ShardedTask(_Task):
         register_fsdp_forward_method(self.model, "loss_from" if self.training_config.carry_state else "loss")
 
 
-def _numbers(accumulate: int, reader: int, readers: int, step: int) -> range:
-    """Numbers of the batches of a step that a reader takes."""
-    return range(step * accumulate * readers + reader, (step + 1) * accumulate * readers, readers)
+def _end_of_step(data: Any, training: TrainingConfig, start: int) -> int:
+    """Number of the batch after the last of the step that begins with batch `start`."""
+    if not training.step_tokens:
+        return start + training.batches_per_step
+    stop, read = start, 0
+    while True:
+        more = sum(data.tokens(number) for number in range(stop, stop + training.readers))
+        if stop > start and read + more / 2 > training.step_tokens:  # closer without them
+            return stop
+        stop, read = stop + training.readers, read + more
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:

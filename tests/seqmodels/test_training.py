@@ -174,12 +174,116 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_last_good_checkpoi
 
 
 class Ragged(Cycles):
-    """Rows with fewer and fewer targets, so that parts of a batch weigh differently."""
+    """Rows with fewer and fewer targets, in odd batches fewer still, so that parts and batches weigh differently."""
 
     def train_batch(self, step):
         batch = super().train_batch(step)
-        counts = torch.arange(16) < torch.tensor([[16], [11], [6], [1]])
+        counts = torch.arange(16) < torch.tensor([[16], [11], [6], [1]]) // (1 + 2 * (step % 2))
         return {"ids": batch["ids"], "targets": batch["targets"].where(counts, -100)}
+
+
+class Unequal(Cycles):
+    """Batches of one to five rows, of 2 to 9 steps, the first of which do not count."""
+
+    def train_batch(self, step):
+        rng = torch.Generator().manual_seed(step)
+        rows, length, skipped = (int(torch.randint(a, b, (), generator=rng)) for a, b in ((1, 6), (2, 10), (0, 2)))
+        ids = (torch.randint(0, 5, (rows, 1), generator=rng) + torch.arange(length + 1)) % 5
+        targets = ids[:, 1:].clone()
+        targets[:, :skipped] = -100
+        return {"ids": ids[:, :-1], "targets": targets}
+
+    def tokens(self, step):
+        return Unequal.train_batch(self, step)["ids"].numel()
+
+    def validation_batches(self):
+        return [self.train_batch(10**6)]
+
+
+def gradients_of_steps(monkeypatch, config, data, training, run):
+    """Of each step: the weights before it, and the gradient that the optimizer was given (no clipping)."""
+    found = []
+    plain = torch.optim.AdamW.step
+
+    def step(self, closure=None):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        found.append(([p.detach().clone() for p in parameters], [p.grad.clone() for p in parameters]))
+        return plain(self, closure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        fit(config, data, training, run)
+    return found
+
+
+STILL = dataclasses.replace(CONFIG, backbone=dataclasses.replace(BACKBONE, dropout=0.0))
+UNEQUAL = dataclasses.replace(TRAINING, gradient_clip=0.0, ema_decay=0.0, max_steps=5, validate_every=2)
+
+
+@pytest.mark.parametrize("how", [{"accumulate": 3}, {"accumulate": 1, "step_tokens": 70}])
+def test_a_step_over_unequal_batches_has_the_gradient_of_the_mean_over_all_their_targets(tmp_path, monkeypatch, how):
+    data, training = Unequal(), dataclasses.replace(UNEQUAL, **how)
+    found = gradients_of_steps(monkeypatch, STILL, data, training, tmp_path / "run")
+    model, number = seqmodels.build(STILL), 0
+    parameters = [p for group in parameter_groups(model, 0.1) for p in group["params"]]
+    for weights, gradients in found:
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, weights, strict=True):
+                parameter.copy_(weight)
+        batches, read = [], 0
+        while (
+            len(batches) < 3
+            if "step_tokens" not in how
+            else not batches or abs(read + data.tokens(number) - 70) <= abs(read - 70)
+        ):  # the tokens come closer with one more batch
+            batches.append(data.train_batch(number))
+            read, number = read + data.tokens(number), number + 1
+        total, count = 0, 0
+        for batch in batches:
+            logits, targets = model(batch["ids"])[0].flatten(0, 1), batch["targets"].flatten()
+            total = total + torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+            count += int((targets != -100).sum())
+        want = torch.autograd.grad(total / count, parameters)
+        torch.testing.assert_close(gradients, list(want), rtol=1e-4, atol=1e-6)
+    assert len(found) == 5
+
+
+def test_steps_of_as_many_tokens_are_of_that_many_on_average(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(
+        "seqmodels.training._Task._gradients",
+        lambda self, numbers, batches: steps.append(numbers) or {"loss": torch.zeros(())},
+    )
+    training = dataclasses.replace(UNEQUAL, accumulate=1, step_tokens=200, max_steps=60)
+    fit(STILL, Unequal(), training, tmp_path / "run")
+    assert [number for numbers in steps for number in numbers] == list(range(steps[-1][-1] + 1))
+    read = [sum(map(Unequal().tokens, numbers)) for numbers in steps]
+    assert sum(read) / len(read) == pytest.approx(200, rel=0.02)
+    assert max(abs(n - 200) for n in read) <= 45 / 2  # half of the largest batch
+
+
+def test_a_run_by_tokens_resumes_to_the_same_weights_to_the_bit(tmp_path):
+    class Broken(Unequal):
+        def train_batch(self, step):
+            if step == 20:
+                raise ConnectionError
+            return super().train_batch(step)
+
+    training = dataclasses.replace(TRAINING, accumulate=1, step_tokens=70)
+    fit(CONFIG, Unequal(), training, tmp_path / "whole")
+    with pytest.raises(ConnectionError):
+        fit(CONFIG, Broken(), training, tmp_path / "broken")
+    assert (tmp_path / "broken" / "checkpoints" / "last.ckpt").exists()
+    fit(CONFIG, Unequal(), dataclasses.replace(training, resume=True), tmp_path / "broken")
+    torch.testing.assert_close(weights_of(tmp_path / "broken"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_what_makes_a_step_is_said_once_and_only_for_data_that_count_tokens(tmp_path):
+    with pytest.raises(InputError, match="only one of them can say"):
+        fit(CONFIG, Unequal(), dataclasses.replace(TRAINING, step_tokens=70), tmp_path / "run")
+    with pytest.raises(InputError, match="step_tokens needs data that say how many tokens a batch has"):
+        fit(CONFIG, Cycles(), dataclasses.replace(TRAINING, step_tokens=70, accumulate=1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_that_does_not_fit_is_read_in_parts_that_make_the_same_step(tmp_path, monkeypatch, capsys):
