@@ -44,7 +44,10 @@ RUNS = {  # what four processes train, and how many of them share each sequence
 
 
 class Cycles:
-    """Sequences 0 1 2 3 4 0 1 ... from a random start; what goes wrong at batch `broken` is not on the disk."""
+    """Sequences 0 1 2 3 4 0 1 ... from a random start; what goes wrong at batch `broken` is not on the disk.
+
+    Of every three batches one counts for more than the next.
+    """
 
     def __init__(self, broken=None, labels=False, steps=16):
         self.broken, self.labels, self.steps = broken, labels, steps
@@ -55,8 +58,12 @@ class Cycles:
         start = torch.randint(0, 5, (4, 1), generator=torch.Generator().manual_seed(step))
         ids = (start + torch.arange(self.steps + 1)) % 5
         if self.labels:
-            return {"ids": ids[:, :-1], "targets": start[:, 0], "lengths": torch.tensor([self.steps, 9, 7, 2])}
-        return {"ids": ids[:, :-1], "targets": ids[:, 1:]}
+            batch = {"ids": ids[:, :-1], "targets": start[:, 0], "lengths": torch.tensor([self.steps, 9, 7, 2])}
+            return {name: tensor[: 4 - step % 3] for name, tensor in batch.items()}
+        return {"ids": ids[:, :-1], "targets": ids[:, 1:].masked_fill(torch.arange(self.steps) < 5 * (step % 3), -100)}
+
+    def tokens(self, step):
+        return 4 * self.steps
 
     def validation_batches(self):
         return [{k: v[: 1 + i] for k, v in self.train_batch(-1 - i).items()} for i in range(3)]
@@ -66,7 +73,9 @@ def worker(folder):
     """What each process does: a whole run, and one that breaks off and is resumed, for each strategy."""
     torch.set_num_threads(1)
     for strategy in ("ddp", "fsdp2"):
-        training = dataclasses.replace(TRAINING, strategy=strategy, recompute=strategy == "fsdp2")
+        training = dataclasses.replace(TRAINING, strategy=strategy)
+        if strategy == "fsdp2":  # step_tokens: those of four batches
+            training = dataclasses.replace(training, recompute=8, accumulate=1, step_tokens=4 * 4 * 16)
         fit(CONFIG, Cycles(), training, folder / strategy)
         with pytest.raises(ConnectionError):
             fit(CONFIG, Cycles(broken=4 * 3), training, folder / f"{strategy}-broken")
