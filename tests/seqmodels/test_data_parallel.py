@@ -38,7 +38,7 @@ LABELS = dataclasses.replace(
 SHARED = dataclasses.replace(TRAINING, max_steps=2, validate_every=1, seed=1)
 RUNS = {  # what four processes train, and how many of them share each sequence
     "shared-ddp": (PLAIN, dataclasses.replace(SHARED, sequence_parallel=2, ema_decay=0.5)),
-    "shared-fsdp2": (LABELS, dataclasses.replace(SHARED, sequence_parallel=2, strategy="fsdp2", recompute=True)),
+    "shared-fsdp2": (LABELS, dataclasses.replace(SHARED, sequence_parallel=2, strategy="fsdp2", recompute=8)),
     "carried": (PLAIN, dataclasses.replace(SHARED, sequence_parallel=4, strategy="fsdp2", carry_state=True)),
 }
 
@@ -136,7 +136,7 @@ def runs(tmp_path_factory):
     try:
         for name, (config, training) in RUNS.items():
             batches = training.accumulate * 4 // training.sequence_parallel
-            alone = {"sequence_parallel": 1, "accumulate": batches, "strategy": "auto", "recompute": False}
+            alone = {"sequence_parallel": 1, "accumulate": batches, "strategy": "auto", "recompute": 0}
             training = dataclasses.replace(training, **alone)
             fit(config, Cycles(labels=config is LABELS), training, folder / f"{name}-one")
     finally:

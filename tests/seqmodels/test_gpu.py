@@ -1,11 +1,24 @@
-"""A GPU computes what a CPU computes in float32: losses, every gradient, and the shipped models' answers."""
+"""A GPU computes what a CPU computes in float32: losses, every gradient, and the shipped models' answers.
+
+And two GPUs that share each sequence compute, through NCCL, what one computes.
+"""
+
+import csv
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import seqmodels
 from seqmodels import presets
-from seqmodels.config import HeadConfig, ModelConfig
+from seqmodels.config import BackboneConfig, BidirectionalConfig, HeadConfig, Mamba2Config, MambaConfig, ModelConfig
+from seqmodels.sequence_parallel import parallelise, reduce_gradients, split
+from seqmodels.training import TrainingConfig, fit
 
 BACKBONES = {
     "mamba": lambda: presets.mamba(64, 2),
@@ -51,3 +64,88 @@ def test_a_shipped_model_answers_on_a_gpu_as_on_a_cpu(name, tokens):
     want, got = answers("cpu"), answers("cuda")
     torch.testing.assert_close(got.log_softmax(-1), want.log_softmax(-1), rtol=1e-4, atol=1e-4)
     assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+MIXERS = MambaConfig(d_state=16), BidirectionalConfig(mixer=Mamba2Config(d_state=32, head_dim=32)), Mamba2Config()
+CONFIG = ModelConfig(
+    vocab_size=16, backbone=BackboneConfig(d_model=64, layers=MIXERS), head=HeadConfig(task="masked_token")
+)
+TRAINING = TrainingConfig(max_steps=4, validate_every=2, accumulate=2, learning_rate=1e-3, device="cuda")
+WAYS = {
+    "ddp": {"strategy": "ddp", "ema_decay": 0.5},
+    "fsdp2": {"strategy": "fsdp2", "recompute": 4096},
+    "bf16": {"precision": "bf16"},
+}
+
+
+class Random:
+    """Two rows of 5,001 tokens; the targets are the tokens before."""
+
+    def train_batch(self, number):
+        ids = torch.randint(0, 16, (2, 5002), generator=torch.Generator().manual_seed(number))
+        return {"ids": ids[:, 1:], "targets": ids[:, :-1]}
+
+    def validation_batches(self):
+        return [self.train_batch(1_000_000)]
+
+
+def loss_and_gradients(mesh=None):
+    """Of one batch on this GPU, or on the GPUs of a mesh together."""
+    model, batch = seqmodels.build(CONFIG, seed=0), Random().train_batch(0)
+    if mesh is not None:
+        model, batch = parallelise(model, mesh), split(batch, mesh)
+    model.cuda()
+    loss, _ = model.loss({key: value.cuda() for key, value in batch.items()})
+    loss.backward()
+    if mesh is not None:
+        reduce_gradients(model, mesh)
+    return {"loss": loss.detach().cpu()} | {name: p.grad.cpu() for name, p in model.named_parameters()}
+
+
+def worker(folder):
+    """What each of two processes does: one step of its own, and a run of the trainer in each way."""
+    torch.set_float32_matmul_precision = lambda _: None  # so that float32 means float32
+    for name, options in WAYS.items():
+        fit(CONFIG, Random(), dataclasses.replace(TRAINING, sequence_parallel=2, **options), folder / name)
+    mesh = init_device_mesh("cuda", (2,), mesh_dim_names=("sequence",))
+    results = loss_and_gradients(mesh)
+    if mesh.get_rank() == 0:
+        torch.save(results, folder / "gradients.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_gpus(tmp_path_factory):
+    """The folder of `worker`'s runs on two GPUs."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    folder = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_two_gpus_that_share_each_sequence_have_the_gradients_of_one(two_gpus):
+    want, got = loss_and_gradients(), torch.load(two_gpus / "gradients.pt")
+    for name, right in want.items():
+        assert (got[name] - right).norm() <= 1e-4 * right.norm(), name
+
+
+def validation_losses(run):
+    with open(run / "logs" / "version_0" / "metrics.csv", newline="") as file:
+        return [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_on_two_gpus_that_share_each_sequence_is_that_on_one(two_gpus, tmp_path, monkeypatch, way):
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    alone = {name: value for name, value in WAYS[way].items() if name != "strategy"}
+    fit(CONFIG, Random(), dataclasses.replace(TRAINING, **alone), tmp_path / "one")
+    got, want = validation_losses(two_gpus / way), validation_losses(tmp_path / "one")
+    assert len(got) == 2
+    assert got == pytest.approx(want, rel=1e-3 if way == "bf16" else 1e-4)
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
