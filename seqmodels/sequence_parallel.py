@@ -95,7 +95,8 @@ def split(batch: Any, mesh: DeviceMesh) -> Any:
     if isinstance(batch, Tensor):
         return batch[:, stretch(batch.shape[1], mesh)]
     steps = stretch(batch["ids"].shape[1], mesh)
-    part = {name: t[:, steps] if name in _SPLIT and t.dim() > 1 else t for name, t in batch.items()}
+    whole = batch["ids"].shape[1:]  # labels of packed sequences are no steps
+    part = {name: t[:, steps] if name in _SPLIT and t.shape[1:] == whole else t for name, t in batch.items()}
     if "lengths" in batch:
         part["lengths"] = (batch["lengths"] - steps.start).clamp(0, steps.stop - steps.start)
     return part

@@ -66,13 +66,16 @@ def build(*names, head=None, kmer=None, conditions=(), mlp=0.0):
 
 
 def batch_of(b, l, *, seed=0, bounds=None, lengths=None, classes=None):
-    """Tokens and targets, perhaps packed (one list of bounds per row), padded, or with one label per row."""
+    """Tokens and targets, perhaps packed (one list of bounds per row), padded, or with one label per sequence."""
     rng = torch.Generator().manual_seed(seed)
     batch = {"ids": torch.randint(0, 11, (b, l), generator=rng)}
     batch["targets"] = torch.randint(0, classes or 11, (b,) if classes else (b, l), generator=rng)
     if bounds:
         steps = torch.arange(l)
-        batch["seq_idx"] = torch.stack([torch.bucketize(steps, torch.tensor(row), right=True) % 3 for row in bounds])
+        numbers = torch.stack([torch.bucketize(steps, torch.tensor(row), right=True) for row in bounds])
+        batch["seq_idx"] = numbers if classes else numbers % 3
+        if classes:
+            batch["targets"] = torch.randint(0, classes, (b, int(numbers.max()) + 1), generator=rng)
     if lengths:
         batch["lengths"] = torch.tensor(lengths)
         if not classes:
@@ -113,6 +116,8 @@ for pool in ("mean", "sqrt", "max", "last"):
     head = HeadConfig(task="sequence", labels=labels, pool=pool)
     CASES[f"label by {pool}"] = build, ("mamba2",), {"head": head}, {"b": 2, "l": 53, "classes": 3}
     CASES[f"label by {pool}, padded"] = build, ("bi-mamba2",), {"head": head}, {**PADDED, "classes": 3}
+    many = {"b": 2, "l": 48, "bounds": [[1, 12, 20, 40], [16, 30, 31, 41]], "lengths": [44, 48], "classes": 3}
+    CASES[f"labels by {pool}, packed and padded"] = build, ("bi-mamba2", "mamba"), {"head": head}, many
 
 
 def close(got, want, what):
@@ -142,7 +147,7 @@ def same(mesh, case):
     plain, model, batch = make(*names, **options), parallelise(make(*names, **options), mesh), batch_of(**wanted)
     part = split(batch, mesh)
     want, got = features(plain, batch), features(model, part)
-    per_step = want[0].dim() == 3
+    per_step = plain.config.head.task != "sequence"
     close(got[0], split(want[0], mesh) if per_step else want[0], "logits")
     if want[1]:
         recent = [] if want[1].recent is None else [(got[1].recent, want[1].recent)]
