@@ -617,7 +617,7 @@ def _outer(t: Tensor) -> tuple[int, int]:
 
 
 _Q = 64
-_PROGRAMS = 2048
+_PROGRAMS = 1024  # 2048 and 528 were slower or the same, at 4,096 to 1,048,576 steps
 
 
 class _Plan:
@@ -732,8 +732,11 @@ class _BackwardPlan(_Plan):
         self.decays = self.make_decays(dt, B, C, softplus, low, high)
         self.ends = self.make_ends(dy, C, reverse=True)
         self.chain = self.make_chain(reverse=True)
-        # the states of all tiles at once would take more memory than the gradients: some stretches after the other
-        part = max(1, min(self.stretches, 2**28 // (b * rows * block_n * block_p * self.per_stretch)))
+        # the states of all tiles at once would take more memory than the gradients: some stretches after the other, with
+        # no more states than x has elements. Half of that costs up to a third more time, all at once saves 1 to 3 %.
+        of_stretch = b * rows * block_n * block_p * self.per_stretch
+        parts = triton.cdiv(self.stretches, max(1, min(2**28, x.numel()) // of_stretch))
+        part = triton.cdiv(self.stretches, parts)
         stored = min(self.tiles, part * self.per_stretch)
         self.pieces_of_states = Pieces(x.dtype, *[(b, stored, rows, block_n, block_p)] * 2)
         self.passes = []
