@@ -126,6 +126,12 @@ class ClipData:
             batch["conditions"] = torch.from_numpy(np.where(withheld, self.not_given, labels))
         return batch
 
+    def tokens(self, step: int) -> int:
+        """Samples of the batch of this step."""
+        epoch, index = self._locate(step)
+        _, _, lengths, groups = self._plan(epoch)
+        return int(lengths[groups[index][0]].sum())
+
     def validation_batches(self) -> list[dict[str, torch.Tensor]]:
         """All validation clips, with their labels."""
         return batches(self.validation, self.validation_conditions, self.batch_tokens, longest=self.batch_tokens)

@@ -22,6 +22,7 @@ def train(
     labels: Path | None = None,
     window: str | list[int] | None = None,
     batch_tokens: int = 65536,
+    batching: Literal["padded", "packed"] = "padded",
     length_warmup: int = 0,
     validation_fraction: float = 0.1,
     validation_windows: int = 40,
@@ -60,12 +61,15 @@ def train(
         window: Lengths in bases, for example 1024,8192,65536; each batch draws one. Long records: the windows'
             lengths, these three unless said otherwise; short records: longer ones are cut to it at a random place.
         batch_tokens: Bases per batch, padding included, whatever the length.
+        batching: How short records share a batch. padded: those of similar length side by side, the shorter ones
+            filled up; packed: any, end to end in a few long rows, with next to nothing filled up. Either way every
+            record is read once per pass, and what lies beside it never changes what the model makes of it.
         length_warmup: Steps over which the windows of long records grow from 1024 bases to their length, doubling.
         validation_fraction: Part of the data that is held out.
         validation_windows: Windows per class and length that are validated, at most, in long records.
         reverse_complement: Whether each training sequence is read on the other strand half of the time.
         mixer: Kind of layer.
-        bidirectional: Whether layers read both directions; such a model cannot read long records in chunks.
+        bidirectional: Whether layers read both directions; long records then need main memory for every base.
         d_model: Width.
         n_layer: Layers.
         d_state: State size of mamba and mamba2; otherwise 16 and 128.
@@ -85,6 +89,17 @@ def train(
     training, lengths = as_started(training), parse_lengths(window)
     if batch_tokens < max(lengths, default=1):
         raise InputError(f"batch_tokens is {batch_tokens}, less than one window of {max(lengths)}; raise it")
+    per_step = training.batches_per_step
+    if training.step_tokens:
+        at_once = batch_tokens * training.readers
+        if training.step_tokens < at_once:
+            raise InputError(
+                f"step_tokens is {training.step_tokens}, less than the {at_once} bases that are read at once; lower "
+                "--batch-tokens, or raise --training.step-tokens"
+            )
+        per_step = training.readers * round(training.step_tokens / at_once)  # of windows, which fill their batches
+    if batching == "packed" and supervise_every:
+        raise InputError("supervise_every needs a row for each record; leave it out or give --batching padded")
     records = load_labelled(data, labels, split="train")
     served = training_data(
         records,
@@ -94,7 +109,8 @@ def train(
         validation_windows=validation_windows,
         augment=reverse_complement,
         seed=training.seed,
-        length_warmup=length_warmup * training.batches_per_step,
+        length_warmup=length_warmup * per_step,
+        packed=batching == "packed",
     )
     config = ModelConfig(
         vocab_size=VOCAB_SIZE,

@@ -165,6 +165,7 @@ def test_a_training_batch_is_a_pure_function_of_seed_and_step():
         found = data.train_batch(step)
         assert found.keys() == {"ids", "targets", "conditions"}
         assert all(torch.equal(found[key], expected[key]) for key in found)
+        assert data.tokens(step) == (found["targets"] >= 0).sum()
     changed = dataclasses.replace(clip_data(), seed=1).train_batch(4)
     assert not torch.equal(changed["targets"], later[1]["targets"])
 

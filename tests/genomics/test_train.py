@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import os
 
 import numpy as np
@@ -7,7 +8,9 @@ import torch
 
 import seqmodels
 from seqmodels.errors import InputError
+from seqmodels.tasks.genomics import datasets
 from seqmodels.tasks.genomics.classify import classify
+from seqmodels.tasks.genomics.datasets import RecordData
 from seqmodels.tasks.genomics.evaluate import evaluate
 from seqmodels.tasks.genomics.train import train
 from seqmodels.training import TrainingConfig
@@ -74,6 +77,47 @@ def test_the_same_seed_trains_the_same_weights_and_another_one_does_not(run, tab
     assert weights[0] != weights[2]
 
 
+def test_packed_records_steps_by_bases_and_a_kill_go_together(table, tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    options = {"batch_tokens": 320, "batching": "packed", **TINY}
+    steps = training(max_steps=8, validate_every=4, step_tokens=1000)
+    train(table, tmp_path / "whole", **options, training=steps)
+    with monkeypatch.context() as patch:
+        read = RecordData.train_batch
+
+        def broken(self, step):
+            if step >= 3 * 6:
+                raise ConnectionError
+            return read(self, step)
+
+        patch.setattr(RecordData, "train_batch", broken)
+        with pytest.raises(ConnectionError):
+            train(table, tmp_path / "run", **options, training=steps)
+    train(table, tmp_path / "run", **options, training=dataclasses.replace(steps, resume=True))
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert weights[0] == weights[1]
+
+
+def test_windows_grow_over_as_many_steps_when_steps_go_by_bases(tmp_path, monkeypatch):
+    rng = np.random.default_rng(2)
+    for pair in ("AT", "GC"):
+        (tmp_path / f"{pair}.fa").write_text(f">{pair}\n{biased(rng, pair, 3000)}\n")
+    (tmp_path / "metadata.csv").write_text("file,record,label\nAT.fa,AT,AT\nGC.fa,GC,GC\n")
+    monkeypatch.setattr(datasets, "SHORTEST", 16)
+    lengths = []
+    monkeypatch.setattr(
+        "seqmodels.training._Task._gradients",
+        lambda self, numbers, batches: (
+            lengths.append([batch["ids"].shape[1] for batch in batches]) or {"loss": torch.zeros(())}
+        ),
+    )
+    train(
+        tmp_path, tmp_path / "run", window="128", batch_tokens=256, length_warmup=6, **TINY,
+        training=training(max_steps=8, step_tokens=1024),
+    )  # fmt: skip
+    assert lengths == [[16] * 4] * 2 + [[32] * 4] * 2 + [[64] * 4] * 2 + [[128] * 4] * 2
+
+
 @pytest.mark.parametrize("mixer", ["mamba", "attention", "lstm"])
 def test_every_mixer_trains_on_windows_of_long_records(tmp_path, mixer):
     torch.set_num_threads(1)
@@ -102,11 +146,14 @@ def test_every_mixer_trains_on_windows_of_long_records(tmp_path, mixer):
         ({"mixer": "attention", "bidirectional": True}, "attention has no option bidirectional"),
         ({"validation_fraction": 2.0}, "validation_fraction is 2.0"),
         ({"labels": "missing.tsv"}, "missing.tsv does not exist"),
+        ({"batching": "packed", "supervise_every": 8}, "supervise_every needs a row for each record"),
+        ({"training": training(step_tokens=1000)}, "step_tokens is 1000, less than the 65536 bases that are read at"),
+        ({"training": training(step_tokens=1 << 17, accumulate=2)}, "only one of them can say"),
     ],
 )
 def test_bad_options_are_told_before_a_run_is_begun(table, tmp_path, options, message):
     if "labels" in options:
         options = {**options, "labels": tmp_path / options["labels"]}
     with pytest.raises(InputError, match=message):
-        train(table, tmp_path / "run", **options, training=training())
+        train(table, tmp_path / "run", **{"training": training(), **options})
     assert os.listdir(tmp_path) == []
