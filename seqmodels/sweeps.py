@@ -87,7 +87,7 @@ def windows(
         raise InputError(f"windows of {window} with {context} of context on each side leave nothing between; lower it")
     device, step = backbone.embedding.weight.device, window - 2 * context
     held, before = None, 0  # ids from `before` steps to the left of those that are to come
-    for part in (*ids,) if isinstance(ids, (list, tuple)) else ids:
+    for part in ids:
         held = part if held is None else torch.cat([held, part], 1)
         while held.shape[1] > before + step + context:
             yield _features(backbone, held[:, : before + step + context], device, conditions)[:, before : before + step]

@@ -91,7 +91,8 @@ class Workers:
         self._lost: LostWorker | None = None
 
     def __enter__(self) -> "Workers":
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # imports once; CUDA starts in each process
+        context.set_forkserver_preload([__name__, getattr(self._make, "func", self._make).__module__])
         threads = max(1, torch.get_num_threads() // len(self._devices))
         self._processes, driven = [], []
         for device in self._devices:

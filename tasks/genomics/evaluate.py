@@ -121,9 +121,9 @@ def _logits(classifier: Classifier, sequences: list[Tokens], quiet: bool) -> Log
             progress.update(len(places))
         for i, sequence in enumerate(sequences):
             if len(sequence) > limit:
-                if not classifier.causal:
-                    raise InputError(f"a sequence has {len(sequence)} bases, more than one batch; raise --batch-tokens")
-                logits[i] = classifier.stream([sequence])
+                answer = classifier.stream([sequence])
+                assert answer.logits is not None  # only a reading that is asked for can fail
+                logits[i] = answer.logits
                 progress.update()
     return logits
 

@@ -1,8 +1,12 @@
-"""A classifier at work on tokens: batches of short records, and records of any length in chunks."""
+"""A classifier at work on tokens: batches of short records, and records of any length; on one device or on several."""
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,17 +15,42 @@ from numpy.typing import NDArray
 import seqmodels
 from seqmodels.checkpoint import choose_device
 from seqmodels.errors import InputError
+from seqmodels.sweeps import free_memory, host_bytes, sweepable, two_sweeps, windows
 from seqmodels.tasks.genomics.tokens import Tokens, pad_right
+from seqmodels.workers import Make, Workers, devices_of, serve, torchrun, torchrun_device
 
 Logits = NDArray[np.float32]
 Dtype = Literal["float32", "bfloat16"]
+Reading = Literal["auto", "two-sweeps", "windows"]
+MEMORY = 0.75  # part of the free main memory that two sweeps may take
+
+
+class Facts(NamedTuple):
+    """What a classifier is, for those who give it records."""
+
+    name: str
+    classes: tuple[str, ...]
+    batch_tokens: int
+    longest_batched: int
+
+
+class Answer(NamedTuple):
+    """What is known of a long record."""
+
+    logits: Logits | None
+    "(classes,); None if it could not be read."
+    reading: str
+    "How it was read: chunks, two-sweeps or windows."
+    note: str = ""
+    "Why it could not be read."
 
 
 class Classifier:
     """A DNA sequence classifier with how to run it; logits come back as float32 in the order of `classes`.
 
     batch_tokens and chunk are in bases; by default what keeps the device busy: 65,536 and 16,384 on a CPU, a million on
-    a GPU.
+    a GPU. reading and overlap are for longer records than that where the model is bidirectional (seqmodels/sweeps.py);
+    `sharing` processes of this machine share its memory.
     """
 
     def __init__(
@@ -31,10 +60,13 @@ class Classifier:
         dtype: Dtype = "float32",
         batch_tokens: int | None = None,
         chunk: int | None = None,
+        reading: Reading = "auto",
+        overlap: int | None = None,
+        sharing: int = 1,
     ) -> None:
-        for name, value in (("batch_tokens", batch_tokens), ("chunk", chunk)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
+        for name, value, least in (("batch_tokens", batch_tokens, 1), ("chunk", chunk, 1), ("overlap", overlap, 0)):
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; it must be at least {least}")
         self.device = choose_device(device)
         on_cpu = self.device.type == "cpu"
         self.model: Any = seqmodels.load(model, device=self.device, dtype=getattr(torch, dtype))
@@ -49,36 +81,163 @@ class Classifier:
         self.causal: bool = self.model.causal
         self.batch_tokens = batch_tokens or (1 << 16 if on_cpu else 1 << 20)
         self.chunk = chunk or (1 << 14 if on_cpu else 1 << 20)
+        self.reading, self.sharing = reading, sharing
+        self.overlap = self.batch_tokens // 8 if overlap is None else overlap
+        if self.causal and reading != "auto":
+            raise InputError(f"model {model} reads in one direction, exactly at any length; leave --reading out")
+        if reading == "two-sweeps" and not sweepable(self.model.backbone):
+            raise InputError(f"model {model} has attention over the whole record; only --reading windows can read it")
+        if 2 * self.overlap >= self.batch_tokens:
+            raise InputError(
+                f"overlap is {self.overlap} on each side of windows of {self.batch_tokens} bases, which leaves nothing "
+                "between; lower it or raise --batch-tokens"
+            )
 
     @property
     def longest_batched(self) -> int:
-        """Bases up to which records go through the model whole; longer ones are streamed (causal models only)."""
+        """Bases up to which records go through the model whole; `stream` is for longer ones."""
         return min(self.chunk, self.batch_tokens) if self.causal else self.batch_tokens
+
+    @property
+    def facts(self) -> Facts:
+        """What `longseq dna classify` has to know of it."""
+        return Facts(self.name, self.classes, self.batch_tokens, self.longest_batched)
 
     def batch(self, sequences: list[Tokens]) -> Logits:
         """Logits (b, classes) of whole sequences, in batches of similar length within the token budget."""
         logits = np.zeros((len(sequences), len(self.classes)), dtype=np.float32)
         for places in batches_by_length([len(s) for s in sequences], self.batch_tokens):
-            logits[places] = self._forward([sequences[i] for i in places])
+            logits[places] = self.forward([sequences[i] for i in places])
         return logits
 
     @torch.inference_mode()
-    def stream(self, chunks: Iterable[Tokens]) -> Logits:
-        """Logits (classes,) of one sequence that comes in chunks: equal to a single pass, to rounding.
+    def stream(self, chunks: Iterable[Tokens]) -> Answer:
+        """What is known of one sequence that comes in chunks: equal to a single pass, to rounding, but for windows.
 
-        A chunk is fetched while the one before it is computed.
+        A bidirectional model reads in two sweeps if what this takes fits into `MEMORY` of the free main memory, and in
+        windows otherwise, unless `reading` says which.
         """
+        if self.causal:
+            return Answer(self._in_chunks(chunks), "chunks")
+        parts, rest, length = iter(chunks), [], 0
+        longest = self._longest_swept()
+        for part in parts:
+            rest.append(part)
+            if (length := length + len(part)) > longest:
+                break
+        if length <= longest:
+            ids = torch.from_numpy(np.concatenate(rest))[None]
+            features, reading = two_sweeps(self.model.backbone, ids, chunk=self.chunk), "two-sweeps"
+        elif self.reading == "two-sweeps":
+            note = f"more than {longest} bases, for which two sweeps have memory here; leave --reading out for windows"
+            return Answer(None, "", note)
+        else:
+            tokens = (torch.from_numpy(part)[None] for part in _rechunked(chain(rest, parts), self.chunk))
+            reading = "windows"
+            features = windows(self.model.backbone, tokens, window=self.batch_tokens, context=self.overlap)
+        return Answer(self._logits(self.model.pool(features)), reading)
+
+    @torch.inference_mode()
+    def forward(self, sequences: list[Tokens]) -> Logits:
+        """Logits (b, classes) of whole sequences in one batch."""
+        ids, lengths = (torch.from_numpy(a).to(self.device) for a in pad_right(sequences))
+        logits = self.model(ids, lengths=lengths)
+        return logits.float().cpu().numpy()
+
+    def _in_chunks(self, chunks: Iterable[Tokens]) -> Logits:
+        """A chunk is fetched while the one before it is computed."""
         state = None
         for tokens in _one_ahead(_rechunked(chunks, self.chunk)):
             ids = torch.from_numpy(tokens).to(self.device).long()
             state = self.model.read(ids[None], state)
+        return self._logits(state)
+
+    def _logits(self, state: Any) -> Logits:
         return self.model.classify(state)[0].float().cpu().numpy()
 
-    @torch.inference_mode()
-    def _forward(self, sequences: list[Tokens]) -> Logits:
-        ids, lengths = (torch.from_numpy(a).to(self.device) for a in pad_right(sequences))
-        logits = self.model(ids, lengths=lengths)
-        return logits.float().cpu().numpy()
+    def _longest_swept(self) -> int:
+        """Bases that may be read in two sweeps."""
+        if self.reading == "windows" or not sweepable(self.model.backbone):
+            return 0
+        per_chunk = host_bytes(self.model.backbone, self.chunk, self.chunk)
+        return int(MEMORY * free_memory() / self.sharing / per_chunk * self.chunk)
+
+
+class Alone:
+    """Records answered by this process, one after the other."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier, self.facts = classifier, classifier.facts
+
+    def batch(self, sequences: list[Tokens]) -> list[tuple[list[int], Future]]:
+        """Places of sequences, and their logits (b, classes)."""
+        return [(list(range(len(sequences))), _known(self._classifier.batch(sequences)))]
+
+    def stream(self, chunks: Iterable[Tokens]) -> Future:
+        """The Answer for a long record."""
+        return _known(self._classifier.stream(chunks))
+
+
+class Together:
+    """Records answered by several processes: a batch or a long record goes to the one that is free next.
+
+    The batches are those of a process alone.
+    """
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers, self.facts = workers, workers.facts
+
+    def batch(self, sequences: list[Tokens]) -> list[tuple[list[int], Future]]:
+        """As Alone."""
+        batches = batches_by_length([len(s) for s in sequences], self.facts.batch_tokens)
+        return [(places, self._workers.ask([[sequences[i] for i in places]])) for places in batches]
+
+    def stream(self, chunks: Iterable[Tokens]) -> Future:
+        """As Alone."""
+        return self._workers.ask_in_parts(chunks)
+
+
+@contextmanager
+def opened(device: str, devices: int, **options: Any) -> Iterator[Alone | Together]:
+    """The classifier of these options (of Classifier) on one device or several; under torchrun, on its processes'."""
+    place, names = torchrun(), devices_of(device, devices)
+    if place is not None:
+        names = [torchrun_device(device)]
+    if len(names) == 1 and (place is None or place[1] == 1):
+        yield Alone(Classifier(device=names[0], **options))
+    else:
+        with Workers(_shared(options, len(names)), names) as workers:
+            yield Together(workers)
+
+
+def serve_first(device: str, **options: Any) -> bool:
+    """Whether this is one of torchrun's further processes, which then has served the first one to the end."""
+    if (place := torchrun()) is None or not place[0]:
+        return False
+    serve(_shared(options, 1), torchrun_device(device))
+    return True
+
+
+def _shared(options: dict[str, Any], processes: int) -> Make:
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if torchrun() else processes
+    return partial(_in_process, {**options, "sharing": sharing})
+
+
+def _in_process(options: dict[str, Any], device: str) -> tuple[Facts, Callable[[Iterator[Any]], Logits | Answer]]:
+    """A classifier as a worker: a list of sequences is one batch, and several parts are one long record."""
+    classifier = Classifier(device=device, **options)
+
+    def answer(parts: Iterator[Any]) -> Logits | Answer:
+        first = next(parts)
+        return classifier.forward(first) if isinstance(first, list) else classifier.stream(chain([first], parts))
+
+    return classifier.facts, answer
+
+
+def _known(value: Any) -> Future:
+    future: Future = Future()
+    future.set_result(value)
+    return future
 
 
 def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:

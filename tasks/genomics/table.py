@@ -91,6 +91,7 @@ class TableWriter:
         self._rows: list[Row] = []  # of the formats that need all rows at once
         self.kept = 0  # rows of an interrupted table that are kept
         self._grown = False
+        self._keep = False
         self._old: Iterator[Row] = iter(())
 
     def __enter__(self) -> "TableWriter":
@@ -107,6 +108,11 @@ class TableWriter:
             if not self.kept:
                 self._csv.writerow(self._columns)
         return self
+
+    def keep(self) -> Path | None:
+        """Keep the lines that have gathered, to be resumed, whatever ends the `with` block; where, if there are any."""
+        self._keep = self._in_lines and bool(self.kept or self._grown)
+        return self._temporary if self._keep else None
 
     def _open_part(self) -> tuple[Path, int]:
         """The file that lines gather in, locked, cut after its last whole line (or empty), and its descriptor."""
@@ -189,7 +195,8 @@ class TableWriter:
         except OSError as error:
             raise self._failure(error) from None
         finally:
-            if self._temporary is not None and not (self._resume and (self.kept or self._grown)):
+            keep = self._keep or (self._resume and (self.kept or self._grown))
+            if self._temporary is not None and not keep:
                 self._temporary.unlink(missing_ok=True)
 
     def _write_parquet(self) -> None:

@@ -17,8 +17,9 @@ import torch
 from Bio import bgzf
 
 import seqmodels
-from seqmodels.config import HeadConfig
+from seqmodels.config import AttentionConfig, BackboneConfig, HeadConfig
 from seqmodels.errors import InputError
+from seqmodels.tasks.genomics import inference
 from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.inference import Classifier, batches_by_length
 from seqmodels.tasks.genomics.table import TableWriter
@@ -62,7 +63,7 @@ def test_every_record_has_its_row_in_order_with_its_statistics(tmp_path, model):
     assert code == 0
     assert list(rows[0]) == [
         "record_id", "description", "file", "length", "n_frac", "ambiguous", "softmask_frac", "label", "prob",
-        "p_left", "p_right", "logit_left", "logit_right", "status", "note", "model",
+        "p_left", "p_right", "logit_left", "logit_right", "status", "note", "reading", "model",
     ]  # fmt: skip
     assert [row["record_id"] for row in rows] == ["a", "b", "c"]
     assert [row["description"] for row in rows] == ["first one", "", "x"]
@@ -259,12 +260,66 @@ def test_a_model_of_something_else_is_refused(tmp_path, make_model):
             classify([tmp_path / "in.fa"], model=other, device="cpu")
 
 
-def test_a_bidirectional_model_says_which_records_are_too_long(tmp_path, make_model, capsys):
-    code, rows = run(tmp_path, fasta(30, 200, 40), make_model(bidirectional=True), batch_tokens=100)
-    assert code == 2
-    assert [(row["status"], row["length"]) for row in rows] == [("ok", "30"), ("too_long", "200"), ("ok", "40")]
-    assert rows[1]["note"] == "longer than 100 bases; raise --batch-tokens"
-    assert rows[1]["label"] == ""
+@pytest.mark.parametrize("chunk", [7, 50, 1000])
+def test_a_bidirectional_model_gives_a_long_record_the_answer_of_a_single_pass(tmp_path, make_model, chunk):
+    folder, lengths = make_model(bidirectional=True), (30, 1000, 40, 101, 100)
+    code, rows = run(tmp_path, fasta(*lengths), folder, batch_tokens=100, chunk=chunk)
+    assert code == 0
+    assert [row["reading"] for row in rows] == ["whole", "two-sweeps", "whole", "two-sweeps", "whole"]
+    expected = [expected_logits(folder, bases(i, n)) for i, n in enumerate(lengths)]
+    np.testing.assert_allclose(logits_of(rows), expected, atol=2e-5)
+
+
+def test_where_memory_is_short_a_bidirectional_model_reads_windows_and_says_so(tmp_path, make_model, monkeypatch):
+    folder = make_model(bidirectional=True)
+    expected = expected_logits(folder, bases(1, 4000))
+    needed = 1 + 16 * 8  # bytes per base: the token, and two float32 tensors of width 16
+    errors = {}
+    for free, options, readings, status in [
+        (4000 * needed / 0.75 * 1.1, {}, ["whole", "two-sweeps"], "ok"),
+        (4000 * needed / 0.75 * 0.9, {}, ["whole", "windows"], "ok"),
+        (1e12, {"reading": "windows"}, ["whole", "windows"], "ok"),
+        (1e12, {"reading": "windows", "overlap": 0}, ["whole", "windows"], "ok"),
+        (1e5, {"reading": "two-sweeps"}, ["whole", ""], "too_long"),
+    ]:
+        monkeypatch.setattr(inference, "free_memory", lambda free=free: int(free))
+        code, rows = run(tmp_path, fasta(30, 4000), folder, batch_tokens=1000, chunk=100, **options)
+        assert [row["reading"] for row in rows] == readings
+        assert [row["status"] for row in rows] == ["ok", status]
+        if status == "ok":
+            errors[free, len(options)] = np.abs(logits_of(rows)[1] - expected).max()
+        else:
+            assert code == 2
+            assert "more than 581 bases, for which two sweeps have memory here" in rows[1]["note"]
+    sweeps, windows, asked, bare = errors.values()
+    assert sweeps < 2e-5 < windows == asked < bare < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bidirectional": False, "reading": "windows"}, "reads in one direction, exactly at any length"),
+        ({"overlap": 50, "batch_tokens": 100}, "which leaves nothing between"),
+        ({"overlap": -1}, "overlap is -1; it must be at least 0"),
+        ({"devices": 0}, "devices is 0"),
+        ({"devices": 2, "device": "cuda:1"}, "'cuda:1' is no kind of which there are several"),
+    ],
+)
+def test_readings_and_devices_that_cannot_be_are_told(tmp_path, make_model, options, message):
+    (tmp_path / "in.fa").write_text(fasta(20))
+    folder = make_model(bidirectional=options.pop("bidirectional", True))
+    with pytest.raises(InputError, match=message):
+        classify([tmp_path / "in.fa"], **{"model": folder, "device": "cpu", **options})
+
+
+def test_attention_over_the_whole_record_is_read_in_windows(tmp_path, make_model):
+    backbone = BackboneConfig(d_model=16, layers=(AttentionConfig(num_heads=2, causal=False, window=4),))
+    folder = make_model(backbone=backbone)
+    _, rows = run(tmp_path, fasta(500), folder, batch_tokens=100)
+    assert rows[0]["reading"] == "windows"
+    np.testing.assert_allclose(logits_of(rows)[0], expected_logits(folder, bases(0, 500)), atol=2e-5)
+    with pytest.raises(InputError, match="only --reading windows can read it"):
+        run(tmp_path, fasta(500), folder, reading="two-sweeps")
 
 
 def test_bfloat16_gives_nearly_the_same_probabilities(tmp_path, model):
@@ -277,9 +332,9 @@ def test_bfloat16_gives_nearly_the_same_probabilities(tmp_path, model):
 def test_logits_of_a_stream_do_not_depend_on_how_it_is_cut(model):
     classifier = Classifier(model, device="cpu", chunk=64)
     tokens = encode(bases(5, 500).encode())
-    expected = classifier.stream([tokens])
+    expected = classifier.stream([tokens]).logits
     for size in (1, 63, 64, 65, 499):
-        found = classifier.stream(tokens[i : i + size] for i in range(0, 500, size))
+        found = classifier.stream(tokens[i : i + size] for i in range(0, 500, size)).logits
         np.testing.assert_array_equal(found, expected)
 
 
@@ -307,6 +362,7 @@ MEMORY = """
 import resource, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
+from seqmodels.tasks.genomics import inference
 from seqmodels.tasks.genomics.classify import classify
 code = classify([Path(sys.argv[1])], model=sys.argv[2], output=Path(sys.argv[3]), device="cpu")
 print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
