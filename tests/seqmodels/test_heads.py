@@ -118,17 +118,22 @@ def test_supervised_prefixes_average_the_loss_over_every_length_read(pool):
     torch.testing.assert_close(loss.double(), (want[3] + want[6]) / 2, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["labels", "tokens"])
+@pytest.mark.parametrize("kind", ["labels", "tokens", "packed"])
 @torch.no_grad()
 def test_a_batchs_loss_is_the_mean_of_its_parts_weighted_by_their_terms(kind):
     ids, lengths = torch.randint(0, 11, (5, 30)), torch.tensor([30, 17, 3, 8, 9])
-    if kind == "labels":
+    if kind != "tokens":
         model, targets = classifier("sqrt", supervise_every=8).train(), torch.tensor([2, 0, 1, 1, 2])
     else:
         config = dataclasses.replace(classifier("mean").config, head=HeadConfig(task="next_token"))
         model = seqmodels.build(config, seed=0)
         targets = ids.masked_fill(torch.arange(30) >= lengths[:, None], -100)
     whole = {"ids": ids, "targets": targets, "lengths": lengths}
+    if kind == "packed":
+        model = classifier("sqrt")
+        whole = packed(SEQUENCES, ROWS) | {
+            "targets": torch.tensor([[1, 0, 2, 2], [1, -100, -100, -100], [0, 2] + 2 * [-100]])
+        }
     parts = [{name: tensor[rows] for name, tensor in whole.items()} for rows in (slice(0, 2), slice(2, 5))]
     total = sum(model.terms(part) * model.loss(part)[0] for part in parts)
     assert model.terms(whole) == sum(map(model.terms, parts))
