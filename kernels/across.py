@@ -7,7 +7,7 @@ own outputs. So two small exchanges per op, and every gradient is exact (kernels
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,51 +27,52 @@ class Exchange(NamedTuple):
     "(b,) bool: whether the stretch goes on with the sequence before it. None: all do."
 
 
-def across(op: Callable, setup_context: Callable, backward: Callable, end: Callable, start_gradient: Callable, at: int):
-    """op(*inputs) as a function of (exchange, *inputs): output and final state, as if all stretches were one sequence.
+def across(forward: Callable, setup_context: Callable, autograd: Callable, backward: Callable, at: int) -> Callable:
+    """An op as a function of (exchange, *inputs): output and final state, as if all stretches were one sequence.
 
-    setup_context and backward are op's, inputs[at] is the initial state (of the first stretch). end(*inputs) gives the
-    end state from zero and the decay, start_gradient(ctx, dy) the mirror of the former. Every rank hands in the same
-    initial state and gets the same final state; the gradient of either is the sum of the ranks'.
+    The op is cut where states meet: forward(*inputs, enter) asks enter(end state from zero, decay) for the state that
+    enters, and leaves inputs[at], the first stretch's initial state, alone; backward(*inputs, enter=enter) asks
+    enter(gradient of the initial state by the output alone) for that of the final state. autograd(ctx, dy, dfinal,
+    dstarts, backward) is the op's. Every rank hands in the same initial state and gets the same final state; the
+    gradient of either is the sum of the ranks'.
     """
 
     class Across(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, exchange: Exchange, *inputs: Any) -> tuple[Tensor, Tensor]:
-            E, a = end(*inputs)
-            a = a.view(*a.shape, *[1] * (E.dim() - a.dim()))
-            a = _if_continuing(exchange, a)
-            ends, decays = exchange.gather(torch.cat([E.flatten(), a.flatten()])).split([E.numel(), a.numel()], 1)
-            ends, decays = ends.unflatten(1, E.shape), decays.unflatten(1, a.shape)
-            initial = inputs[at]
-            state = torch.zeros_like(E) if initial is None else initial.to(E.dtype)
-            for i in range(len(ends)):
-                if i == exchange.place:
-                    start = _if_continuing(exchange, state)
-                state = torch.addcmul(ends[i], decays[i], state)
-            inputs = (*inputs[:at], start, *inputs[at + 1 :])
-            output = op(*inputs)
+            def enter(E: Tensor, a: Tensor) -> Tensor:
+                a = _if_continuing(exchange, a.view(*a.shape, *[1] * (E.dim() - a.dim())))
+                ends, decays = exchange.gather(torch.cat([E.flatten(), a.flatten()])).split([E.numel(), a.numel()], 1)
+                ends, ctx.decays = ends.unflatten(1, E.shape), decays.unflatten(1, a.shape)
+                state = torch.zeros_like(E) if inputs[at] is None else inputs[at].to(E.dtype)
+                states = [state]
+                for end, decay in zip(ends, ctx.decays, strict=True):
+                    states.append(torch.addcmul(end, decay, states[-1]))
+                ctx.final = states[-1]
+                return _if_continuing(exchange, states[exchange.place])
+
+            output = forward(*inputs, enter)
             setup_context(ctx, inputs, output)
             ctx.set_materialize_grads(True)  # every rank sends what it has, also zeros
-            ctx.exchange, ctx.decays, ctx.initial_dtype = exchange, decays, None if initial is None else initial.dtype
-            return output[0], state
+            ctx.exchange, final = exchange, ctx.final
+            del ctx.final
+            return output[0], final
 
         @staticmethod
         def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> Any:
             exchange = ctx.exchange
-            ctx = SimpleNamespace(saved_tensors=ctx.saved_tensors, **vars(ctx))  # recomputed tensors are given once
-            F = _if_continuing(exchange, start_gradient(ctx, dy))
-            starts, finals = exchange.gather(torch.stack([F, dfinal])).unbind(1)
-            G = finals.sum(0)
-            for i in reversed(range(exchange.place + 1, len(starts))):
-                G = torch.addcmul(starts[i], ctx.decays[i], G)
-            gradients = list(backward(ctx, dy, G, None))
-            if ctx.initial_dtype is None:
-                gradients[at] = None
-            elif exchange.place > 0:
-                gradients[at] = torch.zeros_like(G, dtype=ctx.initial_dtype)
-            else:
-                gradients[at] = gradients[at].to(ctx.initial_dtype)
+
+            def enter(F: Tensor) -> Tensor:
+                F = _if_continuing(exchange, F)
+                starts, finals = exchange.gather(torch.stack([F, dfinal])).unbind(1)
+                G = finals.sum(0)
+                for i in reversed(range(exchange.place + 1, len(starts))):
+                    G = torch.addcmul(starts[i], ctx.decays[i], G)
+                return G
+
+            gradients = list(autograd(ctx, dy, None, None, partial(backward, enter=enter)))
+            if exchange.place > 0 and gradients[at] is not None:
+                gradients[at] = torch.zeros_like(gradients[at])
             return None, *gradients
 
     return Across.apply

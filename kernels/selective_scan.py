@@ -118,41 +118,6 @@ def selective_scan_step(
     return y.to(x.dtype), state.view(b, e, n)
 
 
-def selective_scan_end_state(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    dt_bias: Tensor | None = None,
-    *,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The final state (b, e, n) from zero, and the decay (b, e, n) over all steps: no outputs, no gradient."""
-    _check(x, dt, A, B, B, None, None, dt_bias, None, seq_idx)
-    resets = None if seq_idx is None else starts_of_sequences(seq_idx)
-    return _end_state(x, dt, A, B, dt_bias, resets, dt_softplus, *dt_limit)
-
-
-def selective_scan_start_gradient(
-    dy: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    C: Tensor,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    *,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    seq_idx: Tensor | None = None,
-) -> Tensor:
-    """The gradient (b, e, n) of the initial state from that of y (b, l, e): no other gradient."""
-    _check(dy, dt, A, C, C, None, z, dt_bias, None, seq_idx)
-    resets = None if seq_idx is None else starts_of_sequences(seq_idx)
-    return _start_gradient(dy, dt, A, C, z, dt_bias, resets, dt_softplus, *dt_limit)
-
-
 def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -321,12 +286,16 @@ def _backward(
     return [*(d.to(t.dtype) for d, t in gradients if t is not None), dinitial]
 
 
+def _gpu_form(x: Tensor) -> ModuleType | None:
+    return triton_form("selective_scan", x) if x.device.type == "cuda" else None
+
+
 _scan = torch.library.custom_op("longseq::selective_scan", _forward, mutates_args=())
 
 
 @_scan.register_kernel("cuda")
 def _(x, *arguments):
-    form = triton_form("selective_scan", x)
+    form = _gpu_form(x)
     return (form.forward if form else _forward)(x, *arguments)
 
 
@@ -342,7 +311,7 @@ _scan_backward = torch.library.custom_op("longseq::selective_scan_backward", _ba
 
 @_scan_backward.register_kernel("cuda")
 def _(dy, dfinal, x, *arguments):
-    form = triton_form("selective_scan", x)
+    form = _gpu_form(x)
     return (form.backward if form else _backward)(dy, dfinal, x, *arguments)
 
 
@@ -360,10 +329,10 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[2], resets)
 
 
-def _autograd(ctx, dy, dfinal, dstarts):
+def _autograd(ctx, dy, dfinal, dstarts, backward=_scan_backward):
     *tensors, starts, resets = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    *gradients, dinitial = _scan_backward(dy, dfinal, *tensors, starts, resets, *ctx.options)
+    *gradients, dinitial = backward(dy, dfinal, *tensors, starts, resets, *ctx.options)
     given = iter(gradients)
     gradients = [None if t is None else next(given) for t in tensors]
     dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
@@ -402,30 +371,23 @@ def _at_edge(v, *others):
     return (compiled.at_edge if compiled else _at_edge_in_torch)(v, *others)
 
 
-def _end_state(x, dt, A, B, dt_bias, resets, dt_softplus, low, high) -> tuple[Tensor, Tensor]:
-    form = triton_form("selective_scan", x) if x.is_cuda else None
+def _forward_across(x, dt, A, B, C, D, z, dt_bias, initial_state, resets, softplus, low, high, enter):
+    form = _gpu_form(x)
     if form is not None:
-        return form.end_state(x, dt, A, B, dt_bias, resets, dt_softplus, low, high)
-    dt = step_size(dt, dt_bias, dt_softplus, (low, high), _state_dtype(x))
-    return _at_edge(x.to(dt.dtype) * dt, dt, A, B, resets, True)
+        return form.forward(x, dt, A, B, C, D, z, dt_bias, None, resets, softplus, low, high, enter)
+    steps = step_size(dt, dt_bias, softplus, (low, high), _state_dtype(x))
+    start = enter(*_at_edge(x.to(steps.dtype) * steps, steps, A, B, resets, True))
+    return _forward(x, dt, A, B, C, D, z, dt_bias, start, resets, softplus, low, high)
 
 
-def _start_gradient(dy, dt, A, C, z, dt_bias, resets, dt_softplus, low, high) -> Tensor:
-    form = triton_form("selective_scan", dy) if dy.is_cuda else None
+def _backward_across(dy, _, x, dt, A, B, C, D, z, dt_bias, starts, resets, softplus, low, high, enter):
+    form = _gpu_form(x)
+    inputs = x, dt, A, B, C, D, z, dt_bias, starts, resets, softplus, low, high
     if form is not None:
-        return form.start_gradient(dy, dt, A, C, z, dt_bias, resets, dt_softplus, low, high)
-    dtype = _state_dtype(dy)
-    dt, dy = step_size(dt, dt_bias, dt_softplus, (low, high), dtype), dy.to(dtype)
-    return _at_edge(dy if z is None else dy * F.silu(z.to(dtype)), dt, A, C, resets, False)[0]
+        return form.backward(dy, None, *inputs, enter)
+    steps = step_size(dt, dt_bias, softplus, (low, high), starts.dtype)
+    before_gate = dy.to(steps.dtype) if z is None else dy * F.silu(z.to(steps.dtype))
+    return _backward(dy, enter(_at_edge(before_gate, steps, A, C, resets, False)[0]), *inputs)
 
 
-def _own_end(x, dt, A, B, C, D, z, dt_bias, initial_state, resets, dt_softplus, low, high):
-    return _end_state(x, dt, A, B, dt_bias, resets, dt_softplus, low, high)
-
-
-def _own_start_gradient(ctx, dy):
-    x, dt, A, _, C, _, z, dt_bias, _, resets = ctx.saved_tensors
-    return _start_gradient(dy.to(x.dtype), dt, A, C, z, dt_bias, resets, *ctx.options)
-
-
-_across = across(_scan, _setup_context, _autograd, _own_end, _own_start_gradient, at=8)
+_across = across(_forward_across, _setup_context, _autograd, _backward_across, at=8)

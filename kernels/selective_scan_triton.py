@@ -20,6 +20,7 @@ registers and walks them backwards. Here a warp is laid out as 8 channels by 4 n
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -1049,8 +1050,12 @@ def _run_chain(values, total, A, initial, broken, segments, row, reverse):
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, resets: Tensor | None, softplus: bool, low: float, high: float,
+    enter: Callable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y (b, l, e), the final state (b, e, n) and the states before every STEPS-th step (b, c, n, e)."""
+    """y (b, l, e), the final state (b, e, n) and the states before every STEPS-th step (b, c, n, e).
+
+    With `enter` (across.py) enter(end state from zero, decay) is the initial state.
+    """
     (b, l, e), n, groups = x.shape, A.shape[1], B.shape[2]
     x, dt, z, A, A_t = _rows(x), _rows(dt), _rows(z), A.contiguous(), A.t().contiguous()
     D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (D, dt_bias, initial_state))
@@ -1061,35 +1066,48 @@ def forward(
     chunks = triton.cdiv(l, STEPS)
     per_segment = _per_segment(b * chunks * programs, LONGEST, warps, registers, x.device)
     segments = triton.cdiv(chunks, per_segment)
+    chained = segments
+    if enter is not None:  # one more segment, without steps, beyond the end
+        chained, chunks = segments + 1, segments * per_segment + 1
     y = torch.empty(b, l, e, dtype=x.dtype, device=x.device)
     final = torch.empty(b, e, n, dtype=torch.float32, device=x.device)
     starts = torch.empty(b, chunks, n, e, dtype=torch.float32, device=x.device)
-    total = torch.empty(b, segments, e, dtype=torch.float32, device=x.device)
+    total = torch.empty(b, chained, e, dtype=torch.float32, device=x.device)
     limited = not (softplus and (low, high) == (0.0, math.inf))
     B, C = _wide(B, C)
     batch, rows = _strides(x=x, dt=dt, z=z, B=B, C=C)
     for output in (False, True):
-        if segments == 1 and not output:
+        if chained == 1 and not output:
             continue
         _run(
-            _walk, b * (segments if output else segments - 1) * programs,
+            _walk, b * (segments if output else chained - 1) * programs,
             (x, dt, A_t, B, C, D, z, dt_bias, initial_state, resets, starts, total, y, final),
-            l, 1, segments, per_segment, chunks, low, high, *batch, e=e, n=n, **rows, GROUPS=groups,
-            N=N, E=E, T=UNROLL, STEPS=STEPS, STAGES=STAGES, OUTPUT=output, SOFTPLUS=softplus, LIMITED=limited,
-            num_warps=warps, maxnreg=registers,
+            l, 1, segments if output else chained, per_segment, chunks, low, high, *batch, e=e, n=n, **rows,
+            GROUPS=groups, N=N, E=E, T=UNROLL, STEPS=STEPS, STAGES=STAGES, OUTPUT=output, SOFTPLUS=softplus,
+            LIMITED=limited, num_warps=warps, maxnreg=registers,
         )  # fmt: skip
         if not output:
-            broken = _broken(resets, segments, per_segment * STEPS)
-            _run_chain(starts, total, A, initial_state, broken, segments, per_segment, False)
+            broken = _broken(resets, chained, per_segment * STEPS)
+            if enter is not None:
+                edges = starts[:, ::per_segment].clone()
+                _run_chain(edges, total, A, None, broken, chained, 1, False)
+                decay = (total[:, :segments].sum(1)[..., None] * A.float()).exp()
+                if resets is not None:
+                    decay = decay.masked_fill((resets != 0).any(1)[:, None, None], 0.0)
+                initial_state = enter(edges[:, -1].mT, decay).contiguous()
+            _run_chain(starts, total, A, initial_state, broken, chained, per_segment, False)
     return y, final, starts
 
 
 def backward(
     dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     z: Tensor | None, dt_bias: Tensor | None, starts: Tensor, resets: Tensor | None, softplus: bool, low: float,
-    high: float,
+    high: float, enter: Callable | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, dt, A, B, C, of D, z, dt_bias where given, and of the initial state."""
+    """Gradients of x, dt, A, B, C, of D, z, dt_bias where given, and of the initial state.
+
+    With `enter` the gradient of the final state is enter(that of the initial state by y alone).
+    """
     (b, l, e), n, groups = x.shape, A.shape[1], B.shape[2]
     x, dt, z, dy, A, A_t = _rows(x), _rows(dt), _rows(z), _rows(dy), A.contiguous(), A.t().contiguous()
     dtypes = B.dtype, C.dtype
@@ -1098,7 +1116,7 @@ def backward(
     N = max(triton.next_power_of_2(n), 4)
     E, warps, registers = _width(e // groups, N)
     programs = groups * triton.cdiv(e // groups, E)
-    chunks = triton.cdiv(l, STEPS)
+    chunks, stored = triton.cdiv(l, STEPS), starts.shape[1]
     narrow = x.element_size() == dt.element_size() == 2 and N <= 16 and e // groups % 2 == 0
     longest, most = (LONGEST, MOST_REGISTERS) if narrow else (LONGEST_EXACT, registers)
     per_segment = _per_segment(b * chunks * programs, longest, warps, most, x.device)
@@ -1107,7 +1125,9 @@ def backward(
     def new(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    total, carries, dinitial = new(b, segments, e), new(b, segments, n, e), new(b, e, n)
+    beyond = int(enter is not None)  # one more segment, without steps, before the start
+    chained = segments + beyond
+    total, carries, dinitial = new(b, chained, e), new(b, chained, n, e), new(b, e, n)
     dx, ddt = new(b, l, e, dtype=x.dtype), new(b, l, e, dtype=dt.dtype)
     dz = None if z is None else new(b, l, e, dtype=z.dtype)
     dD, dbias = (None if t is None else new(b * segments, e) for t in (D, dt_bias))
@@ -1115,19 +1135,26 @@ def backward(
     options = {"STEPS": STEPS, "SOFTPLUS": softplus, "LIMITED": limited}
     walk = {"e": e, "n": n, "GROUPS": groups, "N": N, "E": E, "T": UNROLL, "STAGES": STAGES, "num_warps": warps}
     B, C = _wide(B, C)
-    if segments > 1:
+    if chained > 1:
         batch, rows = _strides(dy=dy, dt=dt, z=z, C=C)
         _run(
-            _walk_back, b * (segments - 1) * programs, (dy, dt, A_t, C, z, dt_bias, resets, carries, total),
-            l, 1, segments, per_segment, low, high, *batch, **rows, **walk, **options, EMPTY=0, maxnreg=registers,
+            _walk_back, b * (chained - 1) * programs, (dy, dt, A_t, C, z, dt_bias, resets, carries, total),
+            l, 1, chained, per_segment, low, high, *batch, **rows, **walk, **options, EMPTY=beyond, maxnreg=registers,
         )  # fmt: skip
-    _run_chain(carries, total, A, dfinal, _broken(resets, segments, per_segment * STEPS), segments, 1, True)
+    broken = _broken(resets, segments, per_segment * STEPS)
+    if enter is not None:
+        broken = None if broken is None else torch.nn.functional.pad(broken, (1, 0))
+        edges = carries.clone()
+        _run_chain(edges, total, A, None, broken, chained, 1, True)
+        dfinal = enter(edges[:, 0].mT).contiguous()
+    _run_chain(carries, total, A, dfinal, broken, chained, 1, True)
+    carries = carries[:, beyond:].contiguous()
     if narrow:
         parts = triton.cdiv(e // groups, E)  # of a group's channels, each with its own sums for dB and dC
         even, odd = ddt.view(torch.int32), dx.view(torch.int32)
-        dA, cum, final = new(b, segments, n, e), new(b, chunks, e), new(b, n, e)
+        dA, cum, final = new(b, segments, n, e), new(b, stored, e), new(b, n, e)
         batch, rows = _strides(dy=dy, x=x, dt=dt, z=z, B=B, C=C)
-        numbers = (b, l, 1, segments, per_segment, chunks, low, high, *batch)
+        numbers = (b, l, 1, segments, per_segment, stored, low, high, *batch)
         given = (dy, x, dt, A_t, B, C, D, z, dt_bias, resets, starts, even, odd)
         walk |= rows | options | {"maxnreg": MOST_REGISTERS}
         sums = new(parts, *C.shape, dtype=torch.float32 if parts > 1 else dtypes[1])
@@ -1167,7 +1194,7 @@ def _exact_gradients(
 ):  # fmt: skip
     """Runs `_gradients`: dB and dC."""
     (b, l, e), n, groups = x.shape, A.shape[1], B.shape[2]
-    chunks, per_group = triton.cdiv(l, STEPS), e // groups
+    chunks, per_group = starts.shape[1], e // groups
     NL, EL = 4, 8
     NH = max(triton.next_power_of_2(n), 4) // NL
     EH = max(1, TILE // NH)
@@ -1199,64 +1226,3 @@ def _exact_gradients(
         NH=NH, NL=NL, EH=EH, EL=EL, W=W, T=TURN, R=min(ROWS, piece), PIECE=piece, **options, num_warps=warps,
     )  # fmt: skip
     return _added(dB, dtypes[0]), _added(dC, dtypes[1])
-
-
-def end_state(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, resets: Tensor | None, softplus: bool,
-    low: float, high: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The final state (b, e, n) from zero, and the decay over all steps."""
-    return _at_edge(x, dt, A, B, None, dt_bias, resets, softplus, low, high, True)
-
-
-def start_gradient(
-    dy: Tensor, dt: Tensor, A: Tensor, C: Tensor, z: Tensor | None, dt_bias: Tensor | None, resets: Tensor | None,
-    softplus: bool, low: float, high: float,
-) -> Tensor:  # fmt: skip
-    """The gradient (b, e, n) of the initial state, from that of y."""
-    return _at_edge(dy, dt, A, C, z, dt_bias, resets, softplus, low, high, False)[0]
-
-
-def _at_edge(v, dt, A, m, z, dt_bias, resets, softplus, low, high, at_end):
-    """The walks from zero and their chain, with one more segment, without steps, beyond the edge."""
-    (b, l, e), n, groups = v.shape, A.shape[1], m.shape[2]
-    v, dt, z, m = _rows(v), _rows(dt), _rows(z), _rows(m.float())
-    A, A_t, dt_bias = A.contiguous(), A.t().contiguous(), None if dt_bias is None else dt_bias.contiguous()
-    resets = None if resets is None else resets.contiguous().view(torch.uint8)
-    N = max(triton.next_power_of_2(n), 4)
-    E, warps, registers = _width(e // groups, N)
-    programs = groups * triton.cdiv(e // groups, E)
-    chunks = triton.cdiv(l, STEPS)
-    per_segment = _per_segment(b * chunks * programs, LONGEST, warps, registers, v.device)
-    segments = triton.cdiv(chunks, per_segment)
-    row = per_segment if at_end else 1
-    rows_of_states = segments * row + 1
-    states = torch.empty(b, rows_of_states, n, e, dtype=torch.float32, device=v.device)
-    total = torch.empty(b, segments + 1, e, dtype=torch.float32, device=v.device)
-    limited = not (softplus and (low, high) == (0.0, math.inf))
-    options = {
-        "e": e, "n": n, "GROUPS": groups, "N": N, "E": E, "T": UNROLL, "STEPS": STEPS, "STAGES": STAGES,
-        "SOFTPLUS": softplus, "LIMITED": limited, "num_warps": warps, "maxnreg": registers,
-    }  # fmt: skip
-    broken = _broken(resets, segments, per_segment * STEPS)
-    if at_end:
-        batch, rows = _strides(x=v, dt=dt, z=None, B=m, C=m)
-        _run(
-            _walk, b * segments * programs,
-            (v, dt, A_t, m, m, None, None, dt_bias, None, resets, states, total, states, states),
-            l, 1, segments + 1, per_segment, rows_of_states, low, high, *batch, **rows, **options, OUTPUT=False,
-        )  # fmt: skip
-    else:
-        batch, rows = _strides(dy=v, dt=dt, z=z, C=m)
-        _run(
-            _walk_back, b * segments * programs, (v, dt, A_t, m, z, dt_bias, resets, states, total),
-            l, 1, segments + 1, per_segment, low, high, *batch, **rows, **options, EMPTY=1,
-        )  # fmt: skip
-    if broken is not None:
-        broken = torch.nn.functional.pad(broken, (0, 1) if at_end else (1, 0))
-    _run_chain(states, total, A, None, broken, segments + 1, row, not at_end)
-    steps = total[:, :segments] if at_end else total[:, 1:]
-    decay = (steps.sum(1)[..., None] * A.float()).exp()
-    if resets is not None:
-        decay = decay * (resets == 0).all(1)[:, None, None]
-    return states[:, -1 if at_end else 0].mT.contiguous(), decay

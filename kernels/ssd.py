@@ -164,40 +164,6 @@ def ssd_step(
     return _skip_and_gate(y, x, D, z).to(x.dtype), state.view(b, h, p, n)
 
 
-def ssd_end_state(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    dt_bias: Tensor | None = None,
-    *,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The final state (b, h, p, n) from zero, and the decay (b, h) over all steps: no outputs, no gradient."""
-    _check(x, dt, A, B, B, None, None, dt_bias, None, seq_idx)
-    run = None if seq_idx is None else starts_of_sequences(seq_idx).cumsum(1, dtype=torch.int32)
-    return _end_state(x, dt, A, B, dt_bias, run, dt_softplus, *dt_limit)
-
-
-def ssd_start_gradient(
-    dy: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    C: Tensor,
-    dt_bias: Tensor | None = None,
-    *,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    seq_idx: Tensor | None = None,
-) -> Tensor:
-    """The gradient (b, h, p, n) of the initial state, from that of y before its gate: no other gradient."""
-    _check(dy, dt, A, C, C, None, None, dt_bias, None, seq_idx)
-    run = None if seq_idx is None else starts_of_sequences(seq_idx).cumsum(1, dtype=torch.int32)
-    return _start_gradient(dy, dt, A, C, dt_bias, run, dt_softplus, *dt_limit)
-
-
 def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -399,8 +365,10 @@ _ssd = torch.library.custom_op("longseq::ssd", _forward_in_torch, mutates_args=(
 
 
 def _gpu_form(x: Tensor, B: Tensor) -> ModuleType | None:
-    """The Triton form, except in float32 with n > 128: a tensor core's sums of so many products cost dA a digit."""
-    return None if x.dtype == torch.float32 and B.shape[-1] > 128 else triton_form("ssd", x)
+    """The Triton form on a GPU, except in float32 with n > 128: where sums of so many products cost dA a digit."""
+    if x.device.type != "cuda" or (x.dtype == torch.float32 and B.shape[-1] > 128):
+        return None
+    return triton_form("ssd", x)
 
 
 @_ssd.register_kernel("cuda")
@@ -413,7 +381,7 @@ def _on_gpu(x, *others):
 def _(x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, dt_min, dt_max, chunk_size):
     state = torch.empty_like(_zero_state(x, B))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    form = _gpu_form(x, B) if x.device.type == "cuda" else None
+    form = _gpu_form(x, B)
     if form is not None:
         return y, state, state.new_empty(form.shape_of_starts(x, B))
     return y, state, state.new_empty(_number_of_passes(x, chunk_size), *state.shape)
@@ -523,36 +491,30 @@ def _at_edge(v: Tensor, m: Tensor, decay: Tensor, steps: Tensor | None) -> Tenso
     return state.view(b, h, p, n)
 
 
-def _end_state(x, dt, A, B, dt_bias, run, dt_softplus, low, high) -> tuple[Tensor, Tensor]:
-    form = _gpu_form(x, B) if x.is_cuda else None
+def _forward_across(x, dt, A, B, C, D, dt_bias, initial_state, run, softplus, low, high, chunk_size, enter):
+    form = _gpu_form(x, B)
     if form is not None:
-        return form.end_state(x, dt, A, B, dt_bias, run, dt_softplus, low, high)
+        return form.forward(x, dt, A, B, C, D, dt_bias, _zero_state(x, B), run, softplus, low, high, enter)
     dtype = _state_dtype(x)
-    dt = step_size(dt, dt_bias, dt_softplus, (low, high), dtype)
-    sums = (dt * A.to(dtype)).cumsum(1, dtype=torch.float64)
+    steps = step_size(dt, dt_bias, softplus, (low, high), dtype)
+    sums = (steps * A.to(dtype)).cumsum(1, dtype=torch.float64)
     decay, whole = (sums[:, -1:] - sums).to(dtype).exp(), sums[:, -1].to(dtype).exp()
     if run is not None:
         decay, whole = decay * (run == run[:, -1:])[..., None], whole * (run[:, -1:] == 0)
-    return _at_edge(x, B, decay, dt), whole
+    start = enter(_at_edge(x, B, decay, steps), whole)
+    return _forward_in_torch(x, dt, A, B, C, D, dt_bias, start, run, softplus, low, high, chunk_size)
 
 
-def _start_gradient(dy, dt, A, C, dt_bias, run, dt_softplus, low, high) -> Tensor:
-    form = _gpu_form(dy, C) if dy.is_cuda else None
+def _backward_across(dy, _, x, dt, A, B, C, D, dt_bias, starts, run, softplus, low, high, chunk_size, enter):
+    form = _gpu_form(x, B)
+    inputs = x, dt, A, B, C, D, dt_bias, starts, run, softplus, low, high
     if form is not None:
-        return form.start_gradient(dy, dt, A, C, dt_bias, run, dt_softplus, low, high)
-    dtype = _state_dtype(dy)
-    dt = step_size(dt, dt_bias, dt_softplus, (low, high), dtype)
-    decay = (dt * A.to(dtype)).cumsum(1, dtype=torch.float64).to(dtype).exp()
-    return _at_edge(dy, C, decay if run is None else decay * (run == 0)[..., None], None)
+        return form.backward(dy, _zero_state(x, B), *inputs, enter)
+    dtype = _state_dtype(x)
+    decay = (step_size(dt, dt_bias, softplus, (low, high), dtype) * A.to(dtype)).cumsum(1, dtype=torch.float64)
+    decay = decay.to(dtype).exp()
+    dfinal = enter(_at_edge(dy, C, decay if run is None else decay * (run == 0)[..., None], None))
+    return _backward_in_torch(dy, dfinal, *inputs, chunk_size)
 
 
-def _own_end(x, dt, A, B, C, D, dt_bias, initial_state, run, dt_softplus, low, high, chunk_size):
-    return _end_state(x, dt, A, B, dt_bias, run, dt_softplus, low, high)
-
-
-def _own_start_gradient(ctx, dy):
-    x, dt, A, _, C, _, dt_bias, _, run = ctx.saved_tensors
-    return _start_gradient(dy.to(x.dtype), dt, A, C, dt_bias, run, *ctx.options[:3])
-
-
-_across = across(_ssd, _setup_context, _backward, _own_end, _own_start_gradient, at=7)
+_across = across(_forward_across, _setup_context, _backward, _backward_across, at=7)

@@ -12,6 +12,8 @@ Letters as in ssd.py. A state is kept as (n, p). A head whose p exceeds a block 
 state of their own (h' = h * blocks of p).
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -525,8 +527,12 @@ def _add_parts(
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, run: Tensor | None, softplus: bool, low: float, high: float,
+    enter: Callable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, the final state, and the states that enter the stretches: (b, stretches, h', n, p), padded to blocks."""
+    """y, the final state, and the states that enter the stretches: (b, stretches, h', n, p), padded to blocks.
+
+    With `enter` (across.py) the given initial state is zero, and enter(final state, decay) the one to start from.
+    """
     x, dt, B, C = _ready(x, x.dtype), _ready(dt, dt.dtype), _ready(B, x.dtype), _ready(C, x.dtype)
     A, D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (A, D, dt_bias, initial_state))
     plan = _forward_plan(x, dt, A, B, C, D, dt_bias, initial_state, run, softplus, low, high)
@@ -537,6 +543,9 @@ def forward(
     shifted, sums = plan.pieces_of_sums(x)
     plan.decays(dt, A, dt_bias, B, C, shifted, sums, own)
     plan.ends(x, B, run, shifted, sums, starts, keep)
+    if enter is not None:
+        plan.chain(starts.clone(), keep, initial_state, final)
+        initial_state = enter(final, plan.whole_decay(keep)).contiguous()
     plan.chain(starts, keep, initial_state, final)
     plan.outputs(x, B, C, D, run, starts, shifted, sums, own, y, None, None, None, None, None)
     return y, final, starts
@@ -545,8 +554,12 @@ def forward(
 def backward(
     dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     dt_bias: Tensor | None, starts: Tensor, run: Tensor | None, softplus: bool, low: float, high: float,
+    enter: Callable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, dt, A, B, C, D, dt_bias and the initial state."""
+    """Gradients of x, dt, A, B, C, D, dt_bias and the initial state.
+
+    With `enter` the given dfinal is zero, and enter(gradient of the initial state) the one to start from.
+    """
     dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
     dA, ddt_bias = torch.empty_like(A, memory_format=torch.contiguous_format), starts.new_empty(A.shape)
     dD = starts.new_empty((0,) if D is None else D.shape)
@@ -559,6 +572,9 @@ def backward(
     states, adjoints = plan.pieces_of_states(x)
     plan.decays(dt, A, dt_bias, None, None, shifted, sums, None)
     plan.ends(dy, C, run, shifted, sums, ends, keep)
+    if enter is not None:
+        plan.chain(ends.clone(), keep, dfinal, dinitial)
+        dfinal = enter(dinitial).contiguous()
     plan.chain(ends, keep, dfinal, dinitial)
     for states_of, adjoints_of, map_gradients in plan.passes:
         states_of(x, B, C, D, run, starts, shifted, sums, None, x, dy, states, None, taken, dD_parts)
@@ -567,37 +583,6 @@ def backward(
     plan.step_gradients(dt, A, dt_bias, taken, given, inter, within, passing, ddt, parts)
     plan.add_parts(parts, dD_parts, dA, ddt_bias, dD)
     return dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial
-
-
-def end_state(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, run: Tensor | None, softplus: bool, low: float,
-    high: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The final state (b, h, p, n) from zero, and the decay (b, h) over all steps."""
-    return _at_edge(x, dt, A, B, dt_bias, run, softplus, low, high, False)
-
-
-def start_gradient(
-    dy: Tensor, dt: Tensor, A: Tensor, C: Tensor, dt_bias: Tensor | None, run: Tensor | None, softplus: bool,
-    low: float, high: float,
-) -> Tensor:  # fmt: skip
-    """The gradient (b, h, p, n) of the initial state, from that of y."""
-    return _at_edge(dy, dt, A, C, dt_bias, run, softplus, low, high, True)[0]
-
-
-def _at_edge(v, dt, A, m, dt_bias, run, softplus, low, high, reverse):
-    """Of the whole sequence what `_ends` computes of a stretch."""
-    v, dt, m = _ready(v, v.dtype), _ready(dt, dt.dtype), _ready(m, v.dtype)
-    A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
-    plan = _edge_plan(v, dt, A, m, dt_bias, run, softplus, low, high, reverse)
-    edges, keep = plan.pieces(v)
-    shifted, sums = plan.pieces_of_sums(v)
-    state = edges.new_empty(plan.state)
-    plan.decays(dt, A, dt_bias, None, None, shifted, sums, None)
-    plan.ends(v, m, run, shifted, sums, edges, keep)
-    plan.chain(edges, keep, None, state)
-    keep = keep[: plan.b * plan.stretches * plan.rows].view(plan.b, plan.stretches, plan.h, -1)
-    return state, keep[..., 0].prod(1)
 
 
 def shape_of_starts(x: Tensor, B: Tensor) -> tuple[int, ...]:
@@ -650,6 +635,10 @@ class _Plan:
             "HEADS": self.h, "P": p, "N": n, "PER_GROUP": self.h // self.groups, "Q": _Q, "BLOCK_P": block_p,
             "BLOCK_N": block_n, "PACKED": run is not None, "PRECISION": "tf32x3" if self.exact else "tf32",
         }  # fmt: skip
+
+    def whole_decay(self, keep):
+        """The decay over all stretches, (b, h)."""
+        return keep[: self.b * self.stretches * self.rows].view(self.b, self.stretches, self.h, -1)[..., 0].prod(1)
 
     def make_decays(self, dt, B, C, softplus, low, high):
         """Of every step, its decays and its C . B."""
@@ -759,14 +748,4 @@ class _BackwardPlan(_Plan):
         )  # fmt: skip
 
 
-class _EdgePlan(_Plan):
-    def __init__(self, v, dt, A, m, bias, run, softplus, low, high, reverse):
-        super().__init__(v, m, run)
-        self.pieces = Pieces(torch.float32, self.edges, self.edges[:3])
-        self.pieces_of_sums = Pieces(self.sums_dtype, *[(self.b, self.h, self.padded)] * 2)
-        self.decays = self.make_decays(dt, m, m, softplus, low, high)
-        self.ends = self.make_ends(v, m, reverse)
-        self.chain = self.make_chain(reverse)
-
-
-_forward_plan, _backward_plan, _edge_plan = planned(_ForwardPlan), planned(_BackwardPlan), planned(_EdgePlan)
+_forward_plan, _backward_plan = planned(_ForwardPlan), planned(_BackwardPlan)

@@ -1,18 +1,20 @@
-"""Scans in stretches: what a stretch does to the state and to the adjoint, and what passes between stretches."""
+"""Ops cut where states meet: a stretch in the middle of three, whose neighbours are given."""
 
 import pytest
 import torch
 
 from seqmodels.kernels import selective_scan as scan_file
-from seqmodels.kernels.packing import starts_of_sequences
-from seqmodels.kernels.selective_scan import selective_scan, selective_scan_end_state, selective_scan_start_gradient
-from seqmodels.kernels.ssd import ssd, ssd_end_state, ssd_start_gradient
+from seqmodels.kernels import ssd as ssd_file
+from seqmodels.kernels.across import Exchange
+from seqmodels.kernels.selective_scan import selective_scan
+from seqmodels.kernels.ssd import ssd
 
 OPTIONS = {"dt_softplus": True, "dt_limit": (0.01, 2.0)}
+OPS = {"ssd": ssd, "scan": selective_scan}
 
 
 def make(op, b=2, l=150, heads=4, p=3, n=5, g=2, dtype=torch.float64, slow=1.0):
-    """Inputs of an op and an initial state; A from 1/10 to 10 times `slow`."""
+    """Inputs of an op, a state that enters, and a gradient of the final state; A from 1/10 to 10 times `slow`."""
     rng = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -21,121 +23,142 @@ def make(op, b=2, l=150, heads=4, p=3, n=5, g=2, dtype=torch.float64, slow=1.0):
     inner, state = ((heads, p), (b, heads, p, n)) if op == "ssd" else ((heads * p,), (b, heads * p, n))
     A = -slow * 10 ** (2 * torch.rand(state[1:2] if op == "ssd" else state[1:], generator=rng).to(dtype) - 1)
     inputs = {"x": normal(b, l, *inner), "dt": normal(b, l, state[1]), "A": A, "B": normal(b, l, g, n)}
-    return inputs, {"C": normal(b, l, g, n), "dt_bias": normal(state[1]) - 2}, normal(*state)
+    inputs |= {"C": normal(b, l, g, n), "D": normal(state[1]), "dt_bias": normal(state[1]) - 2}
+    if op == "scan":
+        inputs["z"] = normal(b, l, *inner)
+    return inputs, normal(*state), normal(*state)
 
 
 def packing(b, l, packed):
     return (torch.arange(l) * 5 // l).expand(b, l) if packed else None
 
 
-FUNCTIONS = {
-    "ssd": (ssd, ssd_end_state, ssd_start_gradient),
-    "scan": (selective_scan, selective_scan_end_state, selective_scan_start_gradient),
-}
+class Neighbours:
+    """`gather` of the middle one of three ranks: S leaves the first, G enters the last; keeps what the middle sends."""
+
+    def __init__(self, S, G):
+        self.S, self.G, self.sent = S, G, []
+
+    def __call__(self, sent):
+        self.sent.append(sent)
+        first, last = torch.zeros_like(sent), torch.zeros_like(sent)
+        if len(self.sent) == 1:  # end states and decays
+            first[: self.S.numel()] = self.S.flatten()
+        else:  # gradients of initial and final state
+            last[0] = self.G
+        return torch.stack([first, sent, last])
+
+    def found(self):
+        """End state from zero, decay, and the gradient of the initial state by the output alone."""
+        end, decay = self.sent[0].split([self.S.numel(), self.sent[0].numel() - self.S.numel()])
+        decay = decay.view(*self.S.shape[:2], -1) if decay.numel() == self.S.numel() else decay.view(*self.S.shape[:2])
+        return end.view_as(self.S), decay.view(*decay.shape, *[1] * (self.S.dim() - decay.dim())), self.sent[1][0]
+
+
+def in_the_middle(op, inputs, S, G, dy, seq_idx):
+    """What a rank sends, its output, and the gradients of all inputs."""
+    inputs = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    neighbours = Neighbours(S, G)
+    y, _ = OPS[op](**inputs, seq_idx=seq_idx, exchange=Exchange(neighbours, 1), **OPTIONS)
+    gradients = torch.autograd.grad(y, list(inputs.values()), dy)
+    return neighbours.found(), (y.detach(), *gradients)
+
+
+def alone(op, inputs, S, G, dy, seq_idx):
+    """The same from the ordinary op: with a state that enters, and the gradient of the final state."""
+    inputs = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    S = S.detach().requires_grad_()
+    _, end = OPS[op](**inputs, seq_idx=seq_idx, **OPTIONS)
+    y, final = OPS[op](**inputs, initial_state=S, seq_idx=seq_idx, **OPTIONS)
+    gradients = torch.autograd.grad((y, final), list(inputs.values()), (dy, G.to(final.dtype)), retain_graph=True)
+    (F,) = torch.autograd.grad(y, S, dy)
+    return (end.detach(), final.detach() - end.detach(), F), (y.detach(), *gradients)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("slow", [1e-3, 1.0, 100.0])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("op", FUNCTIONS)
-def test_an_end_state_and_a_start_gradient_are_those_of_the_whole_op(monkeypatch, op, packed, slow, compiled):
+@pytest.mark.parametrize("op", OPS)
+def test_a_stretch_between_others_is_the_op_from_a_state_to_a_gradient(monkeypatch, op, packed, slow, compiled):
     if not compiled:
         if op == "ssd":
-            monkeypatch.setattr("seqmodels.kernels.ssd._ELEMENTS_PER_PASS", {"cpu": 500})
+            monkeypatch.setattr(ssd_file, "_ELEMENTS_PER_PASS", {"cpu": 500})
         monkeypatch.setattr(scan_file, "_compiled", lambda: None)
-    whole, end_state, start_gradient = FUNCTIONS[op]
-    inputs, others, initial = make(op, slow=slow)
-    seq_idx = packing(2, 150, packed)
-    gate = {"z": torch.randn_like(inputs["x"])} if op == "scan" else {}
-    bias = others["dt_bias"]
-    end, decay = end_state(**inputs, dt_bias=bias, seq_idx=seq_idx, **OPTIONS)
-    _, want = whole(**inputs, **others, seq_idx=seq_idx, **OPTIONS)
-    torch.testing.assert_close(end, want, rtol=1e-10, atol=1e-10)
-    initial.requires_grad_()
-    y, want = whole(**inputs, **others, **gate, initial_state=initial, seq_idx=seq_idx, **OPTIONS)
-    decay = decay.view(*decay.shape, *[1] * (end.dim() - decay.dim()))
-    torch.testing.assert_close(decay * initial + end, want, rtol=1e-10, atol=1e-10)
-    dy = torch.randn_like(y)
-    (want,) = torch.autograd.grad(y, initial, dy)
-    got = start_gradient(dy, inputs["dt"], inputs["A"], others["C"], dt_bias=bias, seq_idx=seq_idx, **gate, **OPTIONS)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    inputs, S, G = make(op, slow=slow)
+    dy, seq_idx = torch.randn_like(inputs["x"]), packing(2, 150, packed)
+    (end, decay, F), got = in_the_middle(op, inputs, S, G, dy, seq_idx)
+    (want_end, want_carried, want_F), want = alone(op, inputs, S, G, dy, seq_idx)
+    for ours, right in zip((end, decay * S, F, *got), (want_end, want_carried, want_F, *want), strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("slow", [1e-3, 1.0, 100.0])
-@pytest.mark.parametrize("op", FUNCTIONS)
-def test_in_float32_they_err_no_more_than_twice_the_whole_op_and_a_rounding(op, slow):
-    whole, end_state, start_gradient = FUNCTIONS[op]
-    inputs, others, _ = make(op, l=3000, slow=slow)
+@pytest.mark.parametrize("op", OPS)
+def test_in_float32_what_a_stretch_sends_errs_no_more_than_twice_the_op_and_a_rounding(op, slow):
+    inputs, S, G = make(op, l=3000, slow=slow)
     dy, results = inputs["x"].flip(1, 2), {}
     for dtype in (torch.float64, torch.float32):
-        x, dt, A, B, C, bias, g = (t.to(dtype) for t in (*inputs.values(), *others.values(), dy))
-        end, _ = end_state(x, dt, A, B, bias, **OPTIONS)
-        initial = torch.zeros_like(end, requires_grad=True)
-        y, final = whole(x, dt, A, B, C, dt_bias=bias, initial_state=initial, **OPTIONS)
-        (gradient,) = torch.autograd.grad(y, initial, g)
-        results[dtype] = (end, start_gradient(g, dt, A, C, dt_bias=bias, **OPTIONS)), (final.detach(), gradient)
+        given = {name: t.to(dtype) for name, t in inputs.items()}, *(t.to(dtype) for t in (S, G, dy)), None
+        (end, _, F), _ = in_the_middle(op, *given)
+        (want, _, right), _ = alone(op, *given)
+        results[dtype] = (end, F), (want, right)
     (ours, theirs), (exact, _) = results[torch.float32], results[torch.float64]
     for got, usual, right in zip(ours, theirs, exact, strict=True):
         error, budget = ((t - right).norm() / right.norm() for t in (got, usual))
         assert error <= 2 * (budget + torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
-@pytest.mark.usefixtures("nan_in_fresh_memory")
-@pytest.mark.parametrize("shape", [{"b": 2, "l": 330, "p": 16, "n": 8}, {"b": 1, "l": 65, "heads": 2, "p": 80, "g": 1}])
-@pytest.mark.parametrize("packed", [False, True])
-def test_ssds_triton_kernels_find_the_same_end_state_and_start_gradient(monkeypatch, packed, shape):
-    ssd_triton = pytest.importorskip("seqmodels.kernels.ssd_triton")
-    monkeypatch.setattr(ssd_triton, "_PROGRAMS", 8)  # several tiles to a stretch
-    inputs, others, _ = make("ssd", **shape)
-    seq_idx = packing(*inputs["x"].shape[:2], packed)
-    run = None if seq_idx is None else seq_idx.int().contiguous()
-    want = ssd_end_state(**inputs, dt_bias=others["dt_bias"], seq_idx=seq_idx, **OPTIONS)
-    dy = torch.randn_like(inputs["x"])
-    want += (ssd_start_gradient(dy, inputs["dt"], inputs["A"], **others, seq_idx=seq_idx, **OPTIONS),)
-    x, dt, A, B, C, bias, dy = (t.float() for t in (*inputs.values(), *others.values(), dy))
-    options = bias, run, True, *OPTIONS["dt_limit"]
-    got = (*ssd_triton.end_state(x, dt, A, B, *options), ssd_triton.start_gradient(dy, dt, A, C, *options))
-    for ours, right in zip(got, want, strict=True):
-        assert (ours.double() - right).norm() <= 1e-6 * right.norm() + 1e-30
+def on_triton(monkeypatch, op):
+    """Makes an exchanging op take its Triton form on a CPU."""
+    form = pytest.importorskip(f"seqmodels.kernels.{'ssd' if op == 'ssd' else 'selective_scan'}_triton")
+    monkeypatch.setattr(ssd_file if op == "ssd" else scan_file, "_gpu_form", lambda *_: form)
+    if op == "ssd":
+        monkeypatch.setattr(form, "_PROGRAMS", 8)  # several tiles to a stretch
+    else:
+        monkeypatch.setattr(form, "STEPS", 8)  # several segments after few steps
+        monkeypatch.setattr(form, "PIECE", 4)
+        monkeypatch.setattr(form, "_processors", lambda device: 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 @pytest.mark.usefixtures("nan_in_fresh_memory")
-@pytest.mark.parametrize("shape", [{"b": 2, "l": 45}, {"b": 1, "l": 32, "heads": 6, "g": 1}, {"b": 1, "l": 3}])
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_selective_scans_triton_kernels_find_the_same(monkeypatch, packed, shape):
-    triton = pytest.importorskip("seqmodels.kernels.selective_scan_triton")
-    monkeypatch.setattr(triton, "STEPS", 8)  # several segments after few steps
-    monkeypatch.setattr(triton, "_processors", lambda device: 1)
-    inputs, others, _ = make("scan", p=6, **shape)
-    x, dt, A, B, C, bias = (*inputs.values(), *others.values())
-    seq_idx, dy, z = packing(*x.shape[:2], packed), torch.randn_like(x), torch.randn_like(x)
-    want = selective_scan_end_state(**inputs, dt_bias=bias, seq_idx=seq_idx, **OPTIONS)
-    want += (selective_scan_start_gradient(dy, dt, A, C, z, bias, seq_idx=seq_idx, **OPTIONS),)
-    x, dt, A, B, C, bias, dy, z = (t.float() for t in (x, dt, A, B, C, bias, dy, z))
-    options = bias, None if seq_idx is None else starts_of_sequences(seq_idx), True, *OPTIONS["dt_limit"]
-    got = (*triton.end_state(x, dt, A, B, *options), triton.start_gradient(dy, dt, A, C, z, *options))
-    for ours, right in zip(got, want, strict=True):
-        assert (ours.double() - right).norm() <= 1e-6 * right.norm() + 1e-30
+@pytest.mark.parametrize(
+    ("op", "shape", "packed"),
+    [
+        ("ssd", {"b": 2, "l": 200, "heads": 2, "p": 16, "n": 8}, False),
+        ("ssd", {"b": 1, "l": 130, "heads": 2, "p": 80, "g": 1}, True),
+        ("scan", {"b": 2, "l": 20, "heads": 2, "g": 1}, False),
+        ("scan", {"b": 1, "l": 18, "heads": 2}, True),
+        ("scan", {"b": 1, "l": 3, "heads": 2, "g": 1}, False),
+    ],
+)
+def test_triton_kernels_cut_where_states_meet_agree_with_float64(monkeypatch, op, shape, packed):
+    inputs, S, G = make(op, **shape)
+    dy, seq_idx = torch.randn_like(inputs["x"]), packing(*inputs["x"].shape[:2], packed)
+    found, results = in_the_middle(op, inputs, S, G, dy, seq_idx)
+    on_triton(monkeypatch, op)
+    narrow = {name: t.float() for name, t in inputs.items()}
+    got, outputs = in_the_middle(op, narrow, S.float(), G.float(), dy.float(), seq_idx)
+    for ours, right in zip((*got, *outputs), (*found, *results), strict=True):
+        assert (ours.double() - right).norm() <= 2e-6 * right.norm() + 1e-30
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.parametrize("op", OPS)
 def test_on_a_gpu_they_agree_with_float64(op, dtype, packed):
-    _, end_state, start_gradient = FUNCTIONS[op]
-    inputs, others, _ = make(op, l=5000, p=64, n=16, dtype=dtype)
-    inputs["A"], bias = inputs["A"].float(), others["dt_bias"].float()
-    seq_idx, dy = packing(2, 5000, packed), torch.randn_like(inputs["x"])
+    inputs, S, G = make(op, l=5000, p=64, n=16, dtype=dtype)
+    inputs |= {name: inputs[name].float() for name in ("A", "D", "dt_bias")}
+    dy, S, G = torch.randn_like(inputs["x"]), S.float(), G.float()
 
     def run(*place):
-        x, dt, A, B, C, b, g = (t.to(*place) for t in (*inputs.values(), others["C"], bias, dy))
-        rest = OPTIONS | {"seq_idx": None if seq_idx is None else seq_idx.to(x.device), "dt_bias": b}
-        return *end_state(x, dt, A, B, **rest), start_gradient(g, dt, A, C, **rest)
+        seq_idx = packing(2, 5000, packed)
+        given = {name: t.to(*place) for name, t in inputs.items()}, *(t.to(*place) for t in (S, G, dy))
+        found, results = in_the_middle(op, *given, None if seq_idx is None else seq_idx.to(given[1].device))
+        return *found, *results
 
-    for ours, right in zip(run("cuda"), run(torch.float64), strict=True):
+    for i, (ours, right) in enumerate(zip(run("cuda"), run(torch.float64), strict=True)):
         error = (ours.cpu().double() - right).norm()
-        assert error <= (2e-6 if dtype == torch.float32 else 4e-3) * right.norm() + 1e-30
+        assert error <= (5e-6 if dtype == torch.float32 else 1e-2) * right.norm() + 1e-30, i
