@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import seqmodels
 from seqmodels import presets
+from seqmodels.batching import pack
 from seqmodels.config import BackboneConfig, BidirectionalConfig, HeadConfig, Mamba2Config, MambaConfig, ModelConfig
 from seqmodels.sequence_parallel import parallelise, reduce_gradients, split
 from seqmodels.training import TrainingConfig, fit
@@ -49,6 +50,30 @@ def test_a_gpu_and_a_cpu_agree_on_the_loss_and_every_gradient(name):
     for parameter_name, parameter in model.named_parameters():
         error = (parameter.grad.cpu() - gradients[parameter_name]).norm()
         assert error <= 1e-4 * gradients[parameter_name].norm(), parameter_name
+
+
+@pytest.mark.parametrize("pool", ["last", "mean", "sqrt", "max"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_packed_records_have_the_loss_and_gradients_on_a_gpu_of_each_alone_on_a_cpu(mixer, bidirectional, pool):
+    options = {"head_dim": 32, "d_state": 16} if mixer == "mamba2" else {}
+    backbone = getattr(presets, mixer)(64, 2, bidirectional=bidirectional, **options)
+    head = HeadConfig(task="sequence", labels=("a", "b", "c"), pool=pool)
+    model = seqmodels.build(ModelConfig(vocab_size=16, backbone=backbone, head=head), seed=0)
+    rng = torch.Generator().manual_seed(0)
+    records = [torch.randint(0, 16, (n,), generator=rng) for n in (300, 1, 77, 64, 500, 129)]
+    labels = torch.tensor([0, 2, 1, 1, 0, 2])
+    alone = [model.loss({"ids": r[None], "targets": label[None]})[0] for r, label in zip(records, labels, strict=True)]
+    want = torch.stack(alone).mean()
+    gradients = torch.autograd.grad(want, list(model.parameters()))
+    ids, lengths, seq_idx = pack([records[:4], records[4:]])
+    targets = torch.tensor([[0, 2, 1, 1], [0, 2, -100, -100]])
+    batch = {"ids": ids, "lengths": lengths, "seq_idx": seq_idx, "targets": targets}
+    got, _ = model.cuda().loss({name: tensor.cuda() for name, tensor in batch.items()})
+    got.backward()
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        assert (parameter.grad.cpu() - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
 @torch.no_grad()
