@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 import seqmodels
+from seqmodels.backbone import recompute_layers
 from seqmodels.config import BackboneConfig, HeadConfig, ModelConfig
 from seqmodels.heads import Model
 from seqmodels.presets import attention, lstm, mamba, mamba2
-from seqmodels.recompute import recompute_layers
 
 LENGTHS = tuple(1 << k for k in range(10, 23))
 WARM_UP, STEPS = 2, 5

@@ -4,18 +4,22 @@ Parameters are named as in state-spaces/mamba: embedding, layers.{i}.norm, layer
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from seqmodels.config import BackboneConfig, ConditionConfig, KmerConfig, MixerConfig
 from seqmodels.kernels.across import windows
 from seqmodels.kernels.packing import starts_of_sequences
 from seqmodels.kernels.rms_norm import rms_norm
-from seqmodels.mixers import OwnState, build_mixer, hold_over_padding, is_causal
+from seqmodels.mixers import Mamba, Mamba2, OwnState, build_mixer, hold_over_padding, is_causal
+from seqmodels.recompute import in_stretches
 
 
 class RMSNorm(nn.Module):
@@ -227,6 +231,36 @@ class Backbone(Layers):
             return x, None
         words, recent = self.kmer(ids, recent, lengths, seq_idx)
         return x + words, recent
+
+
+def recompute_layers(model: nn.Module, tokens: int = 0) -> None:
+    """From now on stacks of Mamba or Mamba-2 layers keep the activations of `tokens` steps (of all rows) at a time.
+
+    With tokens = 0, as layers of another kind always, each layer keeps what enters it. See recompute.py.
+    """
+    for stack in model.modules():
+        if not isinstance(stack, Layers):
+            continue
+        mixers = [layer.mixer for layer in stack.layers]
+        if tokens and all(isinstance(mixer, (Mamba, Mamba2)) for mixer in mixers):
+            stack.read = partial(in_stretches, stack.read, tokens, partial(_forgetful, mixers))
+        else:
+            for layer in stack.layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+@contextmanager
+def _forgetful(mixers: list[Mamba | Mamba2]) -> Iterator[None]:
+    """Gradients of what the mixers compute now compute again what is cheap."""
+    if any(mixer.ranks is not None for mixer in mixers):
+        raise ValueError("ranks that share a sequence hand on the whole's states; use recompute_layers with tokens=0")
+    for mixer in mixers:
+        mixer.forgetful = True
+    try:
+        yield
+    finally:
+        for mixer in mixers:
+            mixer.forgetful = False
 
 
 def rescale_residual_projections(stack: Layers) -> None:

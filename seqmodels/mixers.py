@@ -8,6 +8,7 @@ Parameters of Mamba and Mamba-2 are named and initialised as in state-spaces/mam
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from seqmodels.kernels.packing import starts_of_sequences
 from seqmodels.kernels.rms_norm import rms_norm
 from seqmodels.kernels.selective_scan import selective_scan, selective_scan_step
 from seqmodels.kernels.ssd import ssd, ssd_step
+from seqmodels.recompute import forgotten
 
 
 def build_mixer(config: MixerConfig, d_model: int) -> nn.Module:
@@ -70,6 +72,7 @@ class Mamba(nn.Module):
     """Mamba (S6): in_proj -> causal convolution -> selective scan with input-dependent dt, B, C -> gate -> out_proj."""
 
     ranks: Any = None  # sequence_parallel.Ranks, where ranks share each sequence
+    forgetful = False  # whether gradients compute again what is cheap (recompute.py)
 
     def __init__(self, config: MambaConfig, d_model: int) -> None:
         super().__init__()
@@ -92,24 +95,28 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, SSMState]:
         """(b, l, d) -> (b, l, d) and the state after the last real step."""
         n = self.config.d_state
-        x, z = self.in_proj(x).chunk(2, -1)
+        before, z = self.in_proj(x).chunk(2, -1)
         exchange = None if self.ranks is None else self.ranks.exchange(lengths, seq_idx)
         one_step = exchange is None and _is_step(x, state, lengths, seq_idx)
-        x, conv_state = _convolve(self.conv1d, x, state, lengths, seq_idx, one_step, exchange)
-        dt, B, C = self.x_proj(x).split([self.dt_rank, n, n], -1)
-        dt = F.linear(dt, self.dt_proj.weight)
         A = -_wide(self.A_log).exp()
         bias, D = _wide(self.dt_proj.bias), _wide(self.D)
-        if one_step and state is not None:
-            y, ssm = selective_scan_step(
-                x[:, 0], dt[:, 0], A, B, C, D, z[:, 0], bias, dt_softplus=True, state=state.ssm
-            )
-            return self.out_proj(y[:, None]), SSMState(conv_state, ssm)
-        dt, options = _mask_dt(dt, bias, (0.0, math.inf), lengths)
-        y, ssm = selective_scan(
-            x, dt, A, B[:, :, None], C[:, :, None], D, z, **options,
-            initial_state=None if state is None else state.ssm, seq_idx=seq_idx, exchange=exchange,
-        )  # fmt: skip
+        with forgotten(self.forgetful) as forget:
+            convolve = partial(_convolve, self.conv1d, before, state, lengths, seq_idx, one_step, exchange)
+            x, conv_state = convolve()
+            forget(x, lambda: convolve()[0])
+            low, B, C = self.x_proj(x).split([self.dt_rank, n, n], -1)
+            dt = F.linear(low, self.dt_proj.weight)
+            if one_step and state is not None:
+                y, ssm = selective_scan_step(
+                    x[:, 0], dt[:, 0], A, B, C, D, z[:, 0], bias, dt_softplus=True, state=state.ssm
+                )
+                return self.out_proj(y[:, None]), SSMState(conv_state, ssm)
+            forget(dt, lambda: F.linear(low, self.dt_proj.weight.to(low.dtype)))
+            dt, options = _mask_dt(dt, bias, (0.0, math.inf), lengths)
+            y, ssm = selective_scan(
+                x, dt, A, B[:, :, None], C[:, :, None], D, z, **options,
+                initial_state=None if state is None else state.ssm, seq_idx=seq_idx, exchange=exchange,
+            )  # fmt: skip
         return self.out_proj(y), SSMState(conv_state, ssm)
 
     def step_layer(
@@ -128,6 +135,7 @@ class Mamba2(nn.Module):
     """Mamba-2 (SSD): in_proj -> causal convolution over x, B, C -> SSD -> gated RMSNorm -> out_proj."""
 
     ranks: Any = None  # as in Mamba
+    forgetful = False
 
     def __init__(self, config: Mamba2Config, d_model: int) -> None:
         super().__init__()
@@ -164,34 +172,42 @@ class Mamba2(nn.Module):
             return self._compiled_step(x, state)
         inner = self.splits[0]
         g, n = config.n_groups, config.d_state
-        z, xBC, dt = self.in_proj(x).split(self.splits, -1)
-        xBC, conv_state = _convolve(self.conv1d, xBC, state, lengths, seq_idx, one_step, exchange)
-        x, B, C = xBC.split([inner, g * n, g * n], -1)
-        x = x.unflatten(-1, (-1, config.head_dim))
-        B, C = B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
+        z, before, dt = self.in_proj(x).split(self.splits, -1)
         A, bias, D = -_wide(self.A_log).exp(), _wide(self.dt_bias), _wide(self.D)
         D = D.view(-1, config.head_dim) if config.D_has_head_dim else D
-        if one_step and state is not None:
-            y, ssm = ssd_step(
-                x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, None, bias, dt_softplus=True, dt_limit=config.dt_limit,
-                state=state.ssm,
-            )  # fmt: skip
-            y = y[:, None]
-        else:
-            dt, options = _mask_dt(dt, bias, config.dt_limit, lengths)
-            y, ssm = ssd(
-                x, dt, A, B, C, D, **options, chunk_size=config.chunk_size,
-                initial_state=None if state is None else state.ssm, seq_idx=seq_idx, exchange=exchange,
-            )  # fmt: skip
-        y = y.flatten(-2)
-        if config.gated_norm:
-            y = rms_norm(
-                y, self.norm.weight, z=z, groups=g, epsilon=config.norm_epsilon,
-                norm_before_gate=config.norm_before_gate,
-            )  # fmt: skip
-        else:
-            y = y * F.silu(z)
-        return self.out_proj(y), SSMState(conv_state, ssm)
+        with forgotten(self.forgetful) as forget:
+            convolve = partial(_convolve, self.conv1d, before, state, lengths, seq_idx, one_step, exchange)
+            xBC, conv_state = convolve()
+            forget(xBC, lambda: convolve()[0])
+            x, B, C = xBC.split([inner, g * n, g * n], -1)
+            x = x.unflatten(-1, (-1, config.head_dim))
+            B, C = B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
+            if one_step and state is not None:
+                y, ssm = ssd_step(
+                    x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, None, bias, dt_softplus=True, dt_limit=config.dt_limit,
+                    state=state.ssm,
+                )  # fmt: skip
+                y = y[:, None]
+            else:
+                dt, options = _mask_dt(dt, bias, config.dt_limit, lengths)
+                y, ssm = ssd(
+                    x, dt, A, B, C, D, **options, chunk_size=config.chunk_size,
+                    initial_state=None if state is None else state.ssm, seq_idx=seq_idx, exchange=exchange,
+                )  # fmt: skip
+            gate = partial(self._gate, y.flatten(-2), z)
+            gated = gate()
+            forget(gated, gate)
+            return self.out_proj(gated), SSMState(conv_state, ssm)
+
+    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
+        """(b, l, inner) -> (b, l, inner): norm and gate."""
+        config = self.config
+        if not config.gated_norm:
+            return y * F.silu(z)
+        return rms_norm(
+            y, self.norm.weight, z=z, groups=config.n_groups, epsilon=config.norm_epsilon,
+            norm_before_gate=config.norm_before_gate,
+        )  # fmt: skip
 
     def _compiled_step_takes(self, x: Tensor, state: SSMState) -> bool:
         """Whether one step on a CPU can run as one compiled function (more rows are for threaded products)."""

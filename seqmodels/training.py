@@ -46,13 +46,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure, tree_unflatten
 from torch.utils.data import DataLoader, Dataset
 
-from seqmodels.backbone import Layer
+from seqmodels.backbone import Layer, recompute_layers
 from seqmodels.checkpoint import read_json, read_tensors, resolve, save
 from seqmodels.config import ModelConfig, to_dict
 from seqmodels.errors import InputError
 from seqmodels.files import make_folder, write_json
 from seqmodels.heads import Model, build
-from seqmodels.recompute import recompute_layers
 from seqmodels.sequence_parallel import check_shareable, parallelise, split
 
 Batch = dict[str, Tensor]

@@ -15,3 +15,12 @@ def nan_in_fresh_memory():
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_thread():
+    """Models so small only lose by a second thread, on busy cores by a factor of ten."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
