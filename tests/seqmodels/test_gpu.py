@@ -5,6 +5,7 @@ And two GPUs that share each sequence compute, through NCCL, what one computes.
 
 import csv
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import seqmodels
 from seqmodels import presets
 from seqmodels.batching import pack
 from seqmodels.config import BackboneConfig, BidirectionalConfig, HeadConfig, Mamba2Config, MambaConfig, ModelConfig
+from seqmodels.errors import InputError
 from seqmodels.sequence_parallel import parallelise, reduce_gradients, split
 from seqmodels.training import TrainingConfig, fit
 
@@ -174,3 +176,51 @@ def test_training_on_two_gpus_that_share_each_sequence_is_that_on_one(two_gpus, 
 
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
+
+
+class Rows:
+    """Next-token batches of so many rows and steps."""
+
+    def __init__(self, rows, length):
+        self.rows, self.length = rows, length
+
+    def train_batch(self, step):
+        ids = torch.randint(0, 16, (self.rows, self.length + 1), generator=torch.Generator().manual_seed(step))
+        return {"ids": ids[:, :-1], "targets": ids[:, 1:]}
+
+    def validation_batches(self):
+        return [Rows(1, 64).train_batch(0)]
+
+
+@pytest.fixture
+def one_gigabyte():
+    """All of the GPU's memory but a gigabyte is in use. (Run these tests alone: in one process, "beyond" by name.)"""
+    torch.zeros(1, device="cuda")
+    torch.cuda.empty_cache()
+    filler = torch.empty(torch.cuda.mem_get_info()[0] - (1 << 30), dtype=torch.uint8, device="cuda")
+    yield
+    del filler
+    torch.cuda.empty_cache()
+
+
+SMALL = ModelConfig(vocab_size=16, backbone=BACKBONES["mamba2"](), head=HeadConfig(task="next_token"))
+TWO_STEPS = TrainingConfig(max_steps=2, validate_every=2, device="cuda", warmup=0.0)
+
+
+def test_beyond_the_gpus_memory_a_batch_is_read_in_parts_that_make_the_same_steps(tmp_path, request, capsys):
+    fit(SMALL, Rows(8, 65_536), TWO_STEPS, tmp_path / "whole")
+    request.getfixturevalue("one_gigabyte")
+    fit(SMALL, Rows(8, 65_536), TWO_STEPS, tmp_path / "parts")
+    assert "step 1: out of memory; each batch is read in 2 parts" in capsys.readouterr().err
+    whole, parts = (seqmodels.load(tmp_path / name / "model").state_dict() for name in ("whole", "parts"))
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5)
+
+
+def test_beyond_the_gpus_memory_a_sequence_is_told_the_length_that_fits_and_that_fits(tmp_path, one_gigabyte):
+    with pytest.raises(InputError, match=r"a sequence of 4194304 tokens does not fit .* \d+ tokens would") as error:
+        fit(SMALL, Rows(1, 1 << 22), TWO_STEPS, tmp_path / "long")
+    length = int(re.search(r"(\d+) tokens would", str(error.value)).group(1))
+    assert 1 << 15 < length < 1 << 22
+    fit(SMALL, Rows(1, length), TWO_STEPS, tmp_path / "fitting")
+    with pytest.raises(InputError, match=f"a sequence of {length * 3 // 2} tokens does not fit"):
+        fit(SMALL, Rows(1, length * 3 // 2), TWO_STEPS, tmp_path / "half more")
