@@ -21,11 +21,12 @@ SHAPES = [
     {"mixer": "mamba2", "b": 1, "d": 256, "h": 8, "p": 64, "n": 128},
     {"mixer": "mamba", "b": 1, "d": 256, "e": 512, "n": 16},
     {"mixer": "mamba2", "b": 1, "d": 1024, "h": 32, "p": 64, "n": 128},
+    {"mixer": "mamba2", "b": 1, "d": 2048, "h": 64, "p": 64, "n": 128},
 ]
 
 
 def longest(shape: dict[str, Any]) -> int:
-    return 262144 if shape["d"] == 1024 else max(LENGTHS)
+    return min(2**28 // shape["d"], max(LENGTHS))
 
 
 def calls(shape: dict[str, Any], l: int) -> dict[str, Callable[[], Call]]:
