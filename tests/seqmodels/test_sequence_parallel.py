@@ -226,6 +226,18 @@ def conditions(mesh):
     same_gradients(model, plain)
 
 
+def one_stage(mesh):
+    """A U-Net without pooling, as `audio train --pools []` makes it, is flat."""
+    backbone = multiscale_mamba2((16,), (2,), (), head_dim=8, d_state=4, chunk_size=8)
+    config = ModelConfig(vocab_size=11, backbone=backbone, head=HeadConfig(task="next_token"))
+    plain, model = (seqmodels.build(config, seed=0).double() for _ in range(2))
+    batch = batch_of(2, 20)
+    plain.loss(batch)[0].backward()
+    parallelise(model, mesh).loss(split(batch, mesh))[0].backward()
+    reduce_gradients(model, mesh)
+    same_gradients(model, plain)
+
+
 def recomputed(mesh):
     """Layers recomputed in the backward pass exchange once more, in the same order on all ranks."""
     plain, model = build("mamba", "bi-mamba2"), parallelise(build("mamba", "bi-mamba2"), mesh)
@@ -286,7 +298,10 @@ def data_and_sequence(mesh, way):
 
 
 OTHERS = {
-    f.__name__: f for f in (rounding, states_carried, initial_state_gradient, conditions, recomputed, copied, too_short)
+    f.__name__: f
+    for f in (
+        rounding, states_carried, initial_state_gradient, conditions, one_stage, recomputed, copied, too_short,
+    )
 }  # fmt: skip
 WAYS = ("plain", "ddp", "ddp over all", "fsdp over all")
 
