@@ -107,3 +107,14 @@ def test_torchruns_processes_share_the_records(tmp_path, files, folder, whole):
     assert (tmp_path / "o.tsv").read_bytes() == whole, done.stderr
     assert "many.fa: 1 of 300 records are not ok (1 empty)" in done.stderr
     assert done.stderr.count("longseq: ") == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_write_the_table_of_one(tmp_path, files, folder):
+    tables = []
+    for devices in (1, 2):
+        options = {**OPTIONS, "device": "cuda", "devices": devices}
+        assert classify(files, model=folder, output=tmp_path / f"{devices}.tsv", **options) == 2
+        tables.append((tmp_path / f"{devices}.tsv").read_bytes())
+    assert tables[0] == tables[1]
