@@ -14,11 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seqmodels.config import BackboneConfig, ConditionConfig, KmerConfig, MixerConfig
+from seqmodels.config import BackboneConfig, ConditionConfig, KmerConfig, MixerConfig, StrandsConfig
+from seqmodels.errors import InputError
 from seqmodels.kernels.across import windows
 from seqmodels.kernels.packing import starts_of_sequences
 from seqmodels.kernels.rms_norm import rms_norm
-from seqmodels.mixers import Mamba, Mamba2, OwnState, build_mixer, hold_over_padding, is_causal
+from seqmodels.mixers import (
+    Mamba,
+    Mamba2,
+    OwnState,
+    build_mixer,
+    hold_over_padding,
+    is_causal,
+    reorder,
+    reversed_order,
+)
 from seqmodels.recompute import in_stretches
 
 
@@ -194,7 +204,14 @@ class BackboneState(NamedTuple):
 
 
 class Backbone(Layers):
-    """A flat backbone: token ids (b, l) -> features (b, l, d)."""
+    """A flat backbone: token ids (b, l) -> features (b, l, d).
+
+    With `strands`, the reverse complements go through the same layers as b more rows, and features are (b, l, 2 d): of
+    each base those of the strand as given, then those of the other strand. So the features of a reverse complement are
+    the given ones, bases in reverse order and the two halves swapped (RC equivariance; Schiff et al., 2024, section 4).
+    """
+
+    complement: Tensor
 
     def __init__(self, config: BackboneConfig, vocab_size: int, conditions: Sequence[ConditionConfig] = ()) -> None:
         super().__init__(
@@ -205,7 +222,15 @@ class Backbone(Layers):
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.kmer = KmerEmbedding(config.kmer, vocab_size, config.d_model) if config.kmer else None
         self.conditions = Conditions(conditions, config.d_model)
-        self.causal = all(is_causal(mixer) for mixer in config.layers)
+        self.strands = config.strands
+        if config.strands is not None:
+            self.register_buffer("complement", _complement(config.strands, vocab_size), persistent=False)
+        self.causal = config.strands is None and all(is_causal(mixer) for mixer in config.layers)
+
+    @property
+    def both_strands(self) -> bool:
+        """Whether both strands are read now."""
+        return self.strands is not None and (self.strands.training or not self.training)
 
     def forward(
         self,
@@ -217,9 +242,22 @@ class Backbone(Layers):
     ) -> tuple[Tensor, BackboneState]:
         """(b, l) -> (b, l, d) and the state after the last real step."""
         seq_idx = None if seq_idx is None else hold_over_padding(seq_idx, lengths)
+        order = None
+        if self.both_strands:
+            if state is not None:
+                raise InputError("a model of both strands sees the whole sequence; it cannot continue from a state")
+            order = reversed_order(ids, lengths)
+            ids = torch.cat([ids, self.complement[ids.gather(1, order)]])
+            if seq_idx is not None:
+                seq_idx = torch.cat([seq_idx, hold_over_padding(seq_idx.gather(1, order), lengths)])
+            lengths = None if lengths is None else lengths.repeat(2)
+            conditions = None if conditions is None else conditions.repeat(2, 1)
         x, recent = self.embed(ids, None if state is None else state.recent, lengths, seq_idx, conditions)
         x, layers = self.read(x, None if state is None else state.layers, lengths, seq_idx)
-        return x, BackboneState(recent, layers)
+        if order is None:
+            return x, BackboneState(recent, layers)
+        given, other = x.chunk(2)
+        return torch.cat([given, reorder(other, order)], -1), BackboneState(None, ())
 
     def embed(
         self, ids: Tensor, recent: Tensor | None, lengths: Tensor | None, seq_idx: Tensor | None,
@@ -231,6 +269,17 @@ class Backbone(Layers):
             return x, None
         words, recent = self.kmer(ids, recent, lengths, seq_idx)
         return x + words, recent
+
+
+def _complement(strands: StrandsConfig, vocab_size: int) -> Tensor:
+    """The complement map (vocabulary,) as a tensor."""
+    given = strands.complement_map
+    if len(given) != vocab_size or any(not 0 <= c < vocab_size or given[c] != i for i, c in enumerate(given)):
+        raise InputError(
+            f"strands.complement_map has {len(given)} ids for a vocabulary of {vocab_size}; give for each id that of "
+            "its complement, whose complement it is in turn"
+        )
+    return torch.tensor(given)
 
 
 def recompute_layers(model: nn.Module, tokens: int = 0) -> None:

@@ -130,6 +130,17 @@ class KmerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StrandsConfig:
+    """Reading DNA's other strand, the reverse complement, with the same weights (Caduceus; Schiff et al., 2024)."""
+
+    complement_map: tuple[int, ...]
+    "For each token id that of its complement."
+    training: bool = True
+    """Whether both strands are read in training too (Caduceus-PS), or only afterwards (post-hoc conjoining, as of
+    Caduceus-Ph), which is for the heads 'sequence' and 'position'."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """A stack of pre-norm residual layers of one width."""
 
@@ -139,6 +150,8 @@ class BackboneConfig:
     "One mixer per layer."
     kmer: KmerConfig | None = None
     "Embeddings of k-mers beside those of single tokens; None means none."
+    strands: StrandsConfig | None = None
+    "How the other strand is read; None means that it is not."
     mlp_expand: float = 0.0
     "Hidden width of a gated MLP after each mixer, in units of d_model; 0 means no MLP."
     dropout: float = 0.0

@@ -36,8 +36,14 @@ class Model(nn.Module):
         self.config = config
         kind: Any = Multiscale if isinstance(config.backbone, MultiscaleConfig) else Backbone
         self.backbone = kind(config.backbone, config.vocab_size, config.conditions)
+        strands = None if isinstance(config.backbone, MultiscaleConfig) else config.backbone.strands
         if config.head.task == "next_token" and not self.causal:
-            raise InputError("a next-token model needs causal mixers; use task 'masked_token' or drop 'Bidirectional'")
+            raise InputError(
+                "a next-token model needs causal mixers and one strand; use task 'masked_token', or drop "
+                "'Bidirectional' and strands"
+            )
+        if config.head.task == "masked_token" and strands is not None and not strands.training:
+            raise InputError("a masked-token model reads both strands in training too, or one; set strands.training")
         if config.head.task in ("sequence", "position") and not config.head.labels:
             raise InputError(f"a {config.head.task} head needs labels; list the class names in head.labels")
 
@@ -51,6 +57,10 @@ class Model(nn.Module):
         """Where the weights are."""
         return self.backbone.embedding.weight.device
 
+    def mean_of_strands(self, x: Tensor) -> Tensor:
+        """(..., d), of features (..., d), or (..., 2 d) of both strands: what a linear head needs to average logits."""
+        return x.unflatten(-1, (2, -1)).mean(-2) if self.backbone.both_strands else x
+
     def terms(self, batch: dict[str, Tensor]) -> Tensor:
         """Over how many terms the loss of a batch is a mean: its weight beside other batches."""
         terms = (batch["targets"] != IGNORED).sum()
@@ -58,7 +68,11 @@ class Model(nn.Module):
 
 
 class LanguageModel(Model):
-    """Next-token or masked-token logits at every position."""
+    """Next-token or masked-token logits at every position.
+
+    Of a model of both strands, a token's logit adds to its own on the given strand that of its complement on the other,
+    so that the logits of a reverse complement are the given ones, reversed and complemented.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -80,7 +94,12 @@ class LanguageModel(Model):
         conditions: (b, n) int64, one id per entry of config.conditions; len(values) means 'not given', as does None.
         """
         x, state = self.backbone(ids, state, lengths, seq_idx, conditions)
-        return self.lm_head(x), state
+        return F.linear(x, self._weight()), state
+
+    def _weight(self) -> Tensor:
+        """(vocabulary, d), or (vocabulary, 2 d) for features of both strands."""
+        weight = self.lm_head.weight
+        return torch.cat([weight, weight[self.backbone.complement]], 1) if self.backbone.both_strands else weight
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy in nats over targets that are not -100, and {bits, count}."""
@@ -91,7 +110,7 @@ class LanguageModel(Model):
         x, state = self.backbone(
             batch["ids"], state, batch.get("lengths"), batch.get("seq_idx"), batch.get("conditions")
         )
-        loss, _, count = _cross_entropy(x, self.lm_head, batch["targets"], self.ranks)
+        loss, _, count = _cross_entropy(x, self._weight(), None, batch["targets"], self.ranks)
         return loss, {"bits": loss.detach() / math.log(2), "count": count}, state
 
 
@@ -101,7 +120,7 @@ class Pooled(NamedTuple):
     backbone: tuple
     "State of the backbone."
     summary: Tensor
-    "(b, d) float64: sum, maximum or last of the features so far."
+    "(b, d) float64: sum, maximum or last of the features so far; (b, 2 d) of both strands."
     count: Tensor
     "(b,) int64: real positions so far."
 
@@ -142,7 +161,7 @@ class SequenceClassifier(Model):
         """
         if not self.causal:
             raise InputError(
-                "this model is bidirectional and cannot read in chunks; pass the whole sequence to forward, or see "
+                "this model reads both directions or strands and cannot read in chunks; use forward, or see "
                 "seqmodels/sweeps.py"
             )
         x, inner = self.backbone(ids, None if state is None else state.backbone, lengths)
@@ -167,7 +186,11 @@ class SequenceClassifier(Model):
             elif pool == "max":
                 summary = torch.maximum(state.summary, summary)
             else:
-                summary = torch.where((count > 0)[:, None], summary, state.summary)
+                later = torch.where((count > 0)[:, None], summary, state.summary)
+                if self.backbone.both_strands:  # the other strand's last step is the first
+                    earlier = torch.where((state.count > 0)[:, None], state.summary, summary)
+                    later = torch.cat([later.chunk(2, -1)[0], earlier.chunk(2, -1)[1]], -1)
+                summary = later
             count = state.count + count
         return Pooled(inner, summary, count)
 
@@ -200,8 +223,8 @@ class SequenceClassifier(Model):
         count = torch.full((b,), l, device=x.device) if lengths is None else lengths
         pool = self.config.head.pool
         if pool == "last":
-            index = (count - 1).clamp(min=0)[:, None, None].expand(b, 1, x.shape[2])
-            return x.gather(1, index)[:, 0].double(), count
+            last = (count - 1).clamp(min=0)[:, None]
+            return self._last(x, torch.zeros_like(last), last)[:, 0].double(), count
         if lengths is None:
             return (x.amax(1).double() if pool == "max" else x.sum(1, dtype=_wide_dtype(x)).double()), count
         real = (torch.arange(l, device=x.device) < lengths[:, None])[..., None]
@@ -216,14 +239,24 @@ class SequenceClassifier(Model):
         count = seq_idx.new_zeros(b, most + 1, dtype=torch.long)
         count.scatter_add_(1, seq_idx.long(), torch.ones_like(seq_idx, dtype=torch.long))
         if (pool := self.config.head.pool) == "last":
-            last = (count.cumsum(1) - 1).clamp(min=0)[..., None].expand(b, most + 1, d)
-            summary = x.gather(1, last)
+            ends = count.cumsum(1)
+            summary = self._last(x, (ends - count).clamp(max=l - 1), (ends - 1).clamp(min=0))
         else:
             summary = torch.segment_reduce(
                 x.flatten(0, 1).to(_wide_dtype(x)), "max" if pool == "max" else "sum", lengths=count.flatten(), axis=0,
                 unsafe=True,  # without checks, which would wait for a GPU
             ).view(b, most + 1, d)  # fmt: skip
         return summary[:, :most].flatten(0, 1).double(), count[:, :most].flatten()
+
+    def _last(self, x: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        """Features (b, m, d) of x (b, l, d) where sequences end, whose first and last steps are (b, m).
+
+        The other strand, if x has both, ends at the first.
+        """
+        first, last = (at[..., None].expand(-1, -1, x.shape[2]) for at in (first, last))
+        if not self.backbone.both_strands:
+            return x.gather(1, last)
+        return torch.cat([x.gather(1, last).chunk(2, -1)[0], x.gather(1, first).chunk(2, -1)[1]], -1)
 
     def _score(self, summary: Tensor, count: Tensor) -> Tensor:
         if (pool := self.config.head.pool) in ("mean", "sqrt"):
@@ -232,7 +265,7 @@ class SequenceClassifier(Model):
         elif pool == "max":
             summary = summary.masked_fill((count == 0)[:, None], 0)
         weight = self.score.weight
-        return self.score(self.dropout(summary.to(weight.dtype)))
+        return self.score(self.dropout(self.mean_of_strands(summary).to(weight.dtype)))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy in nats over sequences, and {accuracy, count}.
@@ -296,23 +329,26 @@ class PositionClassifier(Model):
     ) -> tuple[Tensor, tuple]:
         """ids (b, l) int64 -> logits (b, l, classes), and the state to hand to the next call."""
         x, state = self.backbone(ids, state, lengths, seq_idx)
-        return self.score(self.dropout(x)), state
+        return self.score(self.dropout(self.mean_of_strands(x))), state
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy in nats over targets that are not -100, and {accuracy, count}."""
         x, _ = self.backbone(batch["ids"], None, batch.get("lengths"), batch.get("seq_idx"))
-        loss, right, count = _cross_entropy(self.dropout(x), self.score, batch["targets"], self.ranks)
+        x = self.dropout(self.mean_of_strands(x))
+        loss, right, count = _cross_entropy(x, self.score.weight, self.score.bias, batch["targets"], self.ranks)
         return loss, {"accuracy": right / count.clamp(min=1), "count": count}
 
 
-def _cross_entropy(x: Tensor, head: nn.Linear, targets: Tensor, ranks: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ranks: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over targets (b, l) that count (0 where none does) of features (b, l, d); how many are right, and count."""
     x, targets = x.flatten(0, 1), targets.flatten()
     count = (targets != IGNORED).sum()
-    if len(targets) * head.out_features > LOGITS:
-        total, right = _ChunkedCrossEntropy.apply(x, head.weight, head.bias, targets)
+    if len(targets) * len(weight) > LOGITS:
+        total, right = _ChunkedCrossEntropy.apply(x, weight, bias, targets)
     else:
-        logits = head(x)
+        logits = F.linear(x, weight, bias)
         logits = logits.to(_wide_dtype(logits))
         total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         right = (logits.detach().argmax(-1) == targets).sum()

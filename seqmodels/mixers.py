@@ -260,13 +260,10 @@ class Bidirectional(nn.Module):
         if state is not None:
             raise InputError("a bidirectional model sees the whole sequence at once; it cannot continue from a state")
         forward, _ = self.mamba_fwd(x, None, lengths, seq_idx)
-        order = torch.arange(x.shape[1], device=x.device).flip(0).expand(x.shape[:2])
-        if lengths is not None:
-            order = order - (x.shape[1] - lengths[:, None])
-            order = torch.where(order < 0, order + x.shape[1], order)
+        order = reversed_order(x, lengths)
         reversed_idx = None if seq_idx is None else hold_over_padding(seq_idx.gather(1, order), lengths)
-        backward, _ = self.mamba_rev(_reorder(x, order), None, lengths, reversed_idx)
-        return forward + _reorder(backward, _inverse(order)), None
+        backward, _ = self.mamba_rev(reorder(x, order), None, lengths, reversed_idx)
+        return forward + reorder(backward, order), None
 
     def one_direction(self, x: Tensor, state: Any, backwards: bool) -> tuple[Tensor, Any]:
         """What one of the mixers adds to a stretch (b, l, d), and its state where it leaves the stretch.
@@ -288,13 +285,18 @@ def hold_over_padding(seq_idx: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.where(steps < lengths[:, None], seq_idx, last)
 
 
-def _reorder(x: Tensor, order: Tensor) -> Tensor:
+def reversed_order(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """The places (b, l) of the steps of x (b, l, ...) read backwards, padding staying behind; its own inverse."""
+    order = torch.arange(x.shape[1], device=x.device).flip(0).expand(x.shape[:2])
+    if lengths is None:
+        return order
+    order = order - (x.shape[1] - lengths[:, None])
+    return torch.where(order < 0, order + x.shape[1], order)
+
+
+def reorder(x: Tensor, order: Tensor) -> Tensor:
+    """The steps of x (b, l, d) at the places (b, l)."""
     return x.gather(1, order[..., None].expand_as(x))
-
-
-def _inverse(order: Tensor) -> Tensor:
-    steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, steps)
 
 
 def _initial_dt_bias(config: MambaConfig | Mamba2Config, size: int) -> Tensor:

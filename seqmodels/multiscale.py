@@ -36,6 +36,8 @@ class StageState(NamedTuple):
 class Multiscale(nn.Module):
     """Multi-scale backbone: token ids (b, l) -> features (b, l, d of the finest stage)."""
 
+    both_strands = False  # as of Backbone
+
     def __init__(self, config: MultiscaleConfig, vocab_size: int, conditions: Sequence[ConditionConfig] = ()) -> None:
         super().__init__()
         _check(config)

@@ -11,6 +11,7 @@ from seqmodels.config import (
     MultiscaleConfig,
     RNNConfig,
     StageConfig,
+    StrandsConfig,
 )
 
 
@@ -33,6 +34,23 @@ def attention(d_model: int, n_layer: int, *, num_heads: int, window: int | None 
 def lstm(d_model: int, n_layer: int, *, expand: int = 1, bidirectional: bool = False) -> BackboneConfig:
     """A flat LSTM backbone."""
     return _flat(RNNConfig(cell="lstm", expand=expand), d_model, n_layer, bidirectional)
+
+
+def caduceus(
+    d_model: int = 256,
+    n_layer: int = 16,
+    *,
+    complement_map: tuple[int, ...] | None = None,
+    mixer: MambaConfig | Mamba2Config = MambaConfig(),  # noqa: B008  # frozen
+) -> BackboneConfig:
+    """Caduceus: both directions share their projections (Schiff et al., 2024); sizes as for 131k bases.
+
+    With a complement map Caduceus-PS, which reads both strands; without, Caduceus-Ph, which learns them from data
+    whose strand is drawn at random.
+    """
+    layer = BidirectionalConfig(mixer=mixer, tie_projections=True)
+    strands = None if complement_map is None else StrandsConfig(complement_map=complement_map)
+    return BackboneConfig(d_model=d_model, layers=(layer,) * n_layer, strands=strands, residual_in_fp32=False)
 
 
 def multiscale_mamba2(

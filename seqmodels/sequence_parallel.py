@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from seqmodels.backbone import KmerEmbedding
+from seqmodels.backbone import Backbone, KmerEmbedding
 from seqmodels.baselines import Attention, Recurrent
 from seqmodels.errors import InputError
 from seqmodels.heads import Model
@@ -63,6 +63,11 @@ def parallelise(model: Model, mesh: DeviceMesh) -> Model:
 def check_shareable(model: nn.Module) -> None:
     """Refuses models with parts that would need the steps of other ranks."""
     for module in model.modules():
+        if isinstance(module, Backbone) and module.strands is not None:
+            raise InputError(
+                "a model of both strands needs the whole sequence on each rank; leave strands out, or use data "
+                "parallelism alone"
+            )
         if isinstance(module, Multiscale) and len(module.pool):
             raise InputError(
                 "a U-Net pools steps across stretches and cannot share a sequence between ranks; use a flat backbone "

@@ -12,7 +12,7 @@ so one sweep over the sequence from left to right gives F's part, chunk by chunk
 right to left R's. Where a sweep completes a layer, it goes on with the next layer's mixer of the same direction: n
 bidirectional layers take n + 1 sweeps. Between them the residual stream and the half that is done wait in the host's
 memory (`host_bytes`); the device holds a few chunks. Layers of causal mixers may lie between; each runs in a sweep from
-left to right.
+left to right. A model of both strands sweeps over each: what comes together is of the same bases, as in one pass.
 
 `windows` reads stretches by themselves, with context on both sides that is read but not kept: constant memory, and a
 result that is exact only as far as nothing beyond the context matters. It takes any mixer.
@@ -44,18 +44,33 @@ def two_sweeps(
 ) -> Iterator[Tensor]:
     """Features (b, c, d) of ids (b, l) of any integer type, c = chunk but for the last: those of one pass, to rounding.
 
+    They are (b, c, 2 d) of a backbone of both strands, which is read as such in eval mode.
+
     The ids stay where they are; the backbone is in eval mode, and its device is where the features are.
     """
     if not sweepable(backbone):
         raise InputError("attention without a direction, and U-Nets, cannot be read in two sweeps; use windows")
-    starts, plan = range(0, ids.shape[1], chunk), _plan(backbone)
+    given = _swept(backbone, ids, chunk, conditions, other=False)
+    if not backbone.both_strands:
+        yield from given
+        return
+    for x, y in zip(given, _swept(backbone, ids, chunk, conditions, other=True), strict=True):
+        yield torch.cat([x, y.flip(1)], -1)
+
+
+def _swept(backbone: Backbone, ids: Tensor, chunk: int, conditions: Tensor | None, other: bool) -> Iterator[Tensor]:
+    """Features (b, c, d) of one strand, chunk by chunk in the order of the given one; each in its own direction.
+
+    What is to the right of the other strand's sequence is to the left of the given one: it is swept the other way.
+    """
+    starts, plan = range(0, ids.shape[1], chunk), _plan(backbone, other)
     in_fp32, host = backbone.residual_in_fp32, _Host(backbone.embedding.weight.device)
     for number, (backwards, steps) in enumerate(plan):
         states: dict[Layer, Any] = {}
-        order = starts[::-1] if backwards else starts
+        order = starts[::-1] if backwards != other else starts
         kept = host.each(order) if number else itertools.repeat((None, None))
         for start, (residual, half) in zip(order, kept, strict=False):
-            x = None if number else _embedded(backbone, ids, start, chunk, conditions)
+            x = None if number else _embedded(backbone, ids, start, chunk, conditions, other)
             for layer, part in steps:
                 x, residual = _norm(layer.norm, x, residual, in_fp32)
                 if part == "whole":
@@ -106,14 +121,14 @@ def sweepable(backbone: torch.nn.Module) -> bool:
 
 def host_bytes(backbone: Backbone, length: int, chunk: int = 16384) -> int:
     """Bytes of the host's memory that `two_sweeps` takes for one sequence, its ids of one byte each included."""
-    if len(_plan(backbone)) == 1:
-        return length
+    strands = (False, True) if backbone.both_strands else (False,)
+    hosted = sum(len(_plan(backbone, other)) > 1 for other in strands)
     weight = backbone.embedding.weight
     wide = 4 if backbone.residual_in_fp32 and weight.element_size() < 4 else weight.element_size()
     sizes = [min(chunk, length) * weight.shape[1] * size for size in (wide, weight.element_size())]
     if weight.device.type == "cuda":  # PyTorch pins powers of two
         sizes = [1 << (size - 1).bit_length() for size in sizes]
-    return length + -(-length // chunk) * sum(sizes)
+    return length + hosted * -(-length // chunk) * sum(sizes)
 
 
 def free_memory() -> int:
@@ -146,12 +161,12 @@ def _layers(backbone: torch.nn.Module) -> Sequence[Layer]:
     return list(backbone.layers)  # pyright: ignore
 
 
-def _plan(backbone: Backbone) -> list[Sweep]:
-    """The fewest sweeps that run all layers, the last of them from left to right."""
-    return min((_plan_from(_layers(backbone), backwards) for backwards in (False, True)), key=len)
+def _plan(backbone: Backbone, last: bool = False) -> list[Sweep]:
+    """The fewest sweeps that run all layers, the last of them from left to right, or backwards if `last`."""
+    return min((_plan_from(_layers(backbone), backwards, last) for backwards in (False, True)), key=len)
 
 
-def _plan_from(layers: Sequence[Layer], backwards: bool) -> list[Sweep]:
+def _plan_from(layers: Sequence[Layer], backwards: bool, last: bool) -> list[Sweep]:
     plan: list[Sweep] = []
     left = deque(layers)
     half = False  # whether the first layer that is left has run in one direction
@@ -168,19 +183,25 @@ def _plan_from(layers: Sequence[Layer], backwards: bool) -> list[Sweep]:
             else:
                 steps.append((left.popleft(), "whole"))
         plan.append((backwards, steps))
-        if not left and not backwards:
+        if not left and backwards == last:
             return plan
         backwards = not backwards
 
 
-def _embedded(backbone: Backbone, ids: Tensor, start: int, chunk: int, conditions: Tensor | None) -> Tensor:
-    """What enters the first layer at one chunk."""
+def _embedded(
+    backbone: Backbone, ids: Tensor, start: int, chunk: int, conditions: Tensor | None, other: bool
+) -> Tensor:
+    """What enters the first layer at one chunk, of the other strand in its own direction."""
     device = backbone.embedding.weight.device
     past = 0 if backbone.kmer is None else backbone.kmer.k - 1
-    first = max(0, start - past)
-    own = ids[:, first : start + chunk].to(device).long()
-    recent = F.pad(own[:, : start - first], (past - (start - first), 0), value=-1)
-    return backbone.embed(own[:, start - first :], recent, None, None, conditions)[0]
+    end = min(start + chunk, ids.shape[1])
+    if other:
+        own = backbone.complement[ids[:, start : end + past].to(device).long().flip(1)]
+    else:
+        own = ids[:, max(0, start - past) : end].to(device).long()
+    known = own.shape[1] - (end - start)
+    recent = F.pad(own[:, :known], (past - known, 0), value=-1)
+    return backbone.embed(own[:, known:], recent, None, None, conditions)[0]
 
 
 def _features(backbone: torch.nn.Module, ids: Tensor, device: torch.device, conditions: Tensor | None) -> Tensor:

@@ -259,5 +259,5 @@ def test_logits_of_all_positions_never_exist_at_once(task, monkeypatch):
     monkeypatch.setattr(heads, "LOGITS", 37 * 20)
     head = model.score if task == "position" else model.lm_head
     with Largest() as largest:
-        heads._cross_entropy(x.requires_grad_(), head, batch["targets"], None)[0].backward()
+        heads._cross_entropy(x.requires_grad_(), head.weight, head.bias, batch["targets"], None)[0].backward()
     assert largest.size == max(x.numel(), 37 * 20)
