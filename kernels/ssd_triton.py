@@ -140,6 +140,8 @@ def _ends(
 def _next(state, m, v, weight, PRECISION: tl.constexpr):
     """state (n, p) + m^T diag(weight) v."""
     v = (v.to(tl.float32) * weight[:, None]).to(v.dtype)
+    if PRECISION == "tf32x3":  # a tensor core cuts off what it adds to, tile after tile
+        return state + _dot(tl.trans(m), v, None, PRECISION)
     return _dot(tl.trans(m), v, state, PRECISION)
 
 

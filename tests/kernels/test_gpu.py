@@ -229,6 +229,7 @@ CASES = {
         {"l": 1000, "h": 2, "layout": "strided"},
         {"l": 4097, "h": 8, "n": 64},
         {"l": 4097, "h": 8, "n": 128, "dtype": F32, "packed": True},
+        {"l": 65537, "h": 8, "n": 64, "dtype": F32},
         {"l": 4097, "h": 6, "p": 32, "g": 3, "n": 16, "dtype": F16, "b": 3, "packed": True},
     ],
     "selective_scan": [

@@ -5,6 +5,7 @@ And two GPUs that share each sequence compute, through NCCL, what one computes.
 
 import csv
 import dataclasses
+import gc
 import re
 import subprocess
 import sys
@@ -148,8 +149,13 @@ def two_gpus(tmp_path_factory):
         pytest.skip("needs two CUDA devices")
     folder = tmp_path_factory.mktemp("runs")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, errors = done.communicate(timeout=300)
+    finally:
+        done.terminate()  # and torchrun its processes
+        done.wait()
+    assert done.returncode == 0, errors
     return folder
 
 
@@ -172,10 +178,6 @@ def test_training_on_two_gpus_that_share_each_sequence_is_that_on_one(two_gpus, 
     got, want = validation_losses(two_gpus / way), validation_losses(tmp_path / "one")
     assert len(got) == 2
     assert got == pytest.approx(want, rel=1e-3 if way == "bf16" else 1e-4)
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
 
 
 class Rows:
@@ -212,15 +214,26 @@ def test_beyond_the_gpus_memory_a_batch_is_read_in_parts_that_make_the_same_step
     request.getfixturevalue("one_gigabyte")
     fit(SMALL, Rows(8, 65_536), TWO_STEPS, tmp_path / "parts")
     assert "step 1: out of memory; each batch is read in 2 parts" in capsys.readouterr().err
+    start = seqmodels.build(SMALL, seed=TWO_STEPS.seed).state_dict()
     whole, parts = (seqmodels.load(tmp_path / name / "model").state_dict() for name in ("whole", "parts"))
-    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5)
+    for name in start:  # Adam's first steps are as long where the gradient is but rounding
+        assert (parts[name] - whole[name]).norm() <= 0.02 * (whole[name] - start[name]).norm(), name
 
 
 def test_beyond_the_gpus_memory_a_sequence_is_told_the_length_that_fits_and_that_fits(tmp_path, one_gigabyte):
-    with pytest.raises(InputError, match=r"a sequence of 4194304 tokens does not fit .* \d+ tokens would") as error:
-        fit(SMALL, Rows(1, 1 << 22), TWO_STEPS, tmp_path / "long")
-    length = int(re.search(r"(\d+) tokens would", str(error.value)).group(1))
+    def refused(length, run):
+        match = rf"a sequence of {length} tokens does not fit .* \d+ tokens would"
+        with pytest.raises(InputError, match=match) as error:
+            fit(SMALL, Rows(1, length), TWO_STEPS, tmp_path / run)
+        return int(re.search(r"(\d+) tokens would", str(error.value)).group(1))
+
+    length = refused(1 << 22, "long")
+    gc.collect()  # what the error has held
+    torch.cuda.empty_cache()
     assert 1 << 15 < length < 1 << 22
     fit(SMALL, Rows(1, length), TWO_STEPS, tmp_path / "fitting")
-    with pytest.raises(InputError, match=f"a sequence of {length * 3 // 2} tokens does not fit"):
-        fit(SMALL, Rows(1, length * 3 // 2), TWO_STEPS, tmp_path / "half more")
+    refused(length * 3 // 2, "half more")
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
