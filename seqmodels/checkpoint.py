@@ -1,7 +1,8 @@
 """Checkpoints: a folder with config.json and model.safetensors (and a model card, README.md).
 
-`load` also reads Hugging Face Mamba and Mamba-2 folders and state-spaces/mamba folders (seqmodels/interop.py). Nothing
-is ever unpickled: `pytorch_model.bin` is read with torch's weights_only loader.
+`load` also reads folders of Hugging Face's Mamba and Mamba-2, of state-spaces/mamba (seqmodels/interop.py) and of
+Caduceus (seqmodels/caduceus.py). Nothing is ever unpickled: `pytorch_model.bin` is read with torch's weights_only
+loader.
 """
 
 import json
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seqmodels.config import from_dict, to_dict
+from seqmodels.config import ModelConfig, from_dict, to_dict
 from seqmodels.errors import InputError
 from seqmodels.files import make_folder, replacing, write_json
 from seqmodels.heads import LanguageModel, Model, PositionClassifier, SequenceClassifier, build
@@ -49,17 +50,22 @@ def load(
 
     Raises InputError that names the file and the field or tensor that stands in the way.
     """
-    from seqmodels import interop
-
     folder = resolve(path_or_name)
-    values = read_json(folder / "config.json")
-    if values.get("format") == FORMAT:
-        config, tensors = from_dict(values.get("model"), f"{folder / 'config.json'}: model"), read_tensors(folder)
-    else:
-        config, tensors = interop.read(folder, values)
+    config, tensors = read(folder)
     model = build(config)
     fill(model, tensors, folder)
     return model.to(device=device, dtype=dtype or torch.float32).eval()
+
+
+def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Configuration and tensors, under our names, of a checkpoint's folder of any format that `load` reads."""
+    from seqmodels import interop
+
+    values = read_json(folder / "config.json")
+    if values.get("format") != FORMAT:
+        config, tensors = interop.read(folder, values)
+        return from_dict(to_dict(config), f"{folder / 'config.json'}: in our terms, model"), tensors
+    return from_dict(values.get("model"), f"{folder / 'config.json'}: model"), read_tensors(folder)
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,8 +1,11 @@
 """Other projects' checkpoints: read Hugging Face Mamba and Mamba-2 and state-spaces/mamba, write Hugging Face's format.
 
+Caduceus' are in caduceus.py.
+
 What these formats can say and our models cannot do is refused, naming the field.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from seqmodels.checkpoint import read_tensors, unshared, write_tensors
-from seqmodels.config import BackboneConfig, HeadConfig, Mamba2Config, MambaConfig, ModelConfig
+from seqmodels.config import BackboneConfig, HeadConfig, Mamba2Config, MambaConfig, ModelConfig, to_dict
 from seqmodels.errors import InputError
 from seqmodels.files import make_folder, write_json
 from seqmodels.heads import LanguageModel
@@ -18,7 +21,11 @@ from seqmodels.heads import LanguageModel
 
 def read(folder: Path, values: dict[str, Any]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Configuration and tensors, under our names, of a folder whose config.json holds `values`."""
+    from seqmodels import caduceus
+
     where = folder / "config.json"
+    if (found := caduceus.find_config(values)) is not None:
+        return caduceus.read(folder, *found)
     if values.get("model_type") in ("mamba", "mamba2"):
         config = _from_huggingface(values, where)
     elif "d_model" in values and "n_layer" in values:
@@ -27,7 +34,7 @@ def read(folder: Path, values: dict[str, Any]) -> tuple[ModelConfig, dict[str, T
         found = values.get("model_type") or values.get("format")
         raise InputError(
             f"{where}: model_type is {found!r}; longseq reads its own folders, Hugging Face mamba and mamba2, "
-            "and state-spaces/mamba"
+            "state-spaces/mamba and Caduceus"
         )
     tensors = {
         name.replace("backbone.embeddings.", "backbone.embedding."): t for name, t in read_tensors(folder).items()
@@ -48,13 +55,16 @@ def _with_vocabulary(config: ModelConfig, size: int) -> ModelConfig:
     )
 
 
-def _refuse(values: dict[str, Any], where: Path, expected: dict[str, tuple[Any, ...]]) -> None:
+def refuse(values: dict[str, Any], where: Path, expected: dict[str, tuple[Any, ...]]) -> None:
+    """Refuses a configuration in which a field has another value than those given."""
     for field, allowed in expected.items():
         if field in values and values[field] not in allowed:
             raise InputError(f"{where}: {field} is {values[field]!r}, which longseq cannot do (only {allowed[0]!r})")
 
 
-def _needed(values: dict[str, Any], where: Path) -> Callable[[str], Any]:
+def needed(values: dict[str, Any], where: Path) -> Callable[[str], Any]:
+    """What gives a field of a configuration, or refuses it where it is missing."""
+
     def get(field: str) -> Any:
         if field not in values:
             raise InputError(f"{where}: {field} is missing; the checkpoint does not say how it was built")
@@ -64,8 +74,8 @@ def _needed(values: dict[str, Any], where: Path) -> Callable[[str], Any]:
 
 
 def _from_huggingface(values: dict[str, Any], where: Path) -> ModelConfig:
-    _refuse(values, where, {"hidden_act": ("silu", "swish")})
-    get = _needed(values, where)
+    refuse(values, where, {"hidden_act": ("silu", "swish")})
+    get = needed(values, where)
     width, epsilon = get("hidden_size"), values.get("layer_norm_epsilon", 1e-5)
     shared = {
         "d_state": get("state_size"),
@@ -108,37 +118,17 @@ def _from_huggingface(values: dict[str, Any], where: Path) -> ModelConfig:
 
 
 def _from_state_spaces(values: dict[str, Any], where: Path) -> ModelConfig:
-    _refuse(
+    refuse(
         values,
         where,
         {"rms_norm": (True,), "attn_layer_idx": ([], None), "attn_cfg": ({}, None)},
     )
-    get = _needed(values, where)
-    width, ssm = get("d_model"), dict(values.get("ssm_cfg") or {})
-    layer = ssm.pop("layer", "Mamba1")
-    ignored = {"use_fast_path", "dt_init", "dt_scale", "activation", "use_mem_eff_path", "A_init_range"}
-    names = {"headdim": "head_dim", "ngroups": "n_groups", "rmsnorm": "gated_norm", "D_has_hdim": "D_has_head_dim"}
-    classes: dict[str, type[MambaConfig] | type[Mamba2Config]] = {"Mamba1": MambaConfig, "Mamba2": Mamba2Config}
-    if layer not in classes:
-        raise InputError(f"{where}: ssm_cfg.layer is {layer!r}, which longseq cannot do (only Mamba1 and Mamba2)")
-    _refuse(ssm, where, {"activation": ("silu", "swish")})
-    known = classes[layer].__dataclass_fields__
-    fields: dict[str, Any] = {}
-    for key, value in ssm.items():
-        name = names.get(key, key)
-        if key == "dt_rank":
-            fields[name] = None if value == "auto" else value
-        elif key == "dt_limit":
-            fields[name] = tuple(map(float, value))
-        elif name in known:
-            fields[name] = value
-        elif key not in ignored and not (key == "d_ssm" and value in (None, ssm.get("expand", 2) * width)):
-            raise InputError(f"{where}: ssm_cfg.{key} = {value!r} is something longseq cannot do")
-    fields = {key: value for key, value in fields.items() if key != "A_init_range"}
+    get = needed(values, where)
+    width, mixer = get("d_model"), ssm_mixer(values, where)
     hidden = values.get("d_intermediate", 0)
     backbone = BackboneConfig(
         d_model=width,
-        layers=(classes[layer](**fields),) * get("n_layer"),
+        layers=(mixer,) * get("n_layer"),
         mlp_expand=hidden / width,
         residual_in_fp32=values.get("residual_in_fp32", True),
     )
@@ -148,6 +138,48 @@ def _from_state_spaces(values: dict[str, Any], where: Path) -> ModelConfig:
         head=HeadConfig(task="next_token"),
         tie_embeddings=values.get("tie_embeddings", True),
     )
+
+
+_SSM_NAMES = {"headdim": "head_dim", "ngroups": "n_groups", "rmsnorm": "gated_norm", "D_has_hdim": "D_has_head_dim"}
+
+
+def ssm_mixer(values: dict[str, Any], where: Path) -> MambaConfig | Mamba2Config:
+    """The mixer that ssm_cfg describes."""
+    width, ssm = values["d_model"], dict(values.get("ssm_cfg") or {})
+    layer = ssm.pop("layer", "Mamba1")
+    ignored = {"use_fast_path", "dt_init", "dt_scale", "activation", "use_mem_eff_path", "A_init_range"}
+    classes: dict[str, type[MambaConfig] | type[Mamba2Config]] = {"Mamba1": MambaConfig, "Mamba2": Mamba2Config}
+    if layer not in classes:
+        raise InputError(f"{where}: ssm_cfg.layer is {layer!r}, which longseq cannot do (only Mamba1 and Mamba2)")
+    refuse(ssm, where, {"activation": ("silu", "swish")})
+    known = classes[layer].__dataclass_fields__
+    fields: dict[str, Any] = {}
+    for key, value in ssm.items():
+        name = _SSM_NAMES.get(key, key)
+        if key == "dt_rank":
+            fields[name] = None if value == "auto" else value
+        elif key == "dt_limit":
+            fields[name] = tuple(map(float, value))
+        elif name in known:
+            fields[name] = value
+        elif key not in ignored and not (key == "d_ssm" and value in (None, ssm.get("expand", 2) * width)):
+            raise InputError(f"{where}: ssm_cfg.{key} = {value!r} is something longseq cannot do")
+    fields = {key: value for key, value in fields.items() if key != "A_init_range"}
+    return classes[layer](**fields)
+
+
+def ssm_cfg_of(mixer: MambaConfig | Mamba2Config) -> dict[str, Any]:
+    """The ssm_cfg that describes a mixer."""
+    names = {ours: theirs for theirs, ours in _SSM_NAMES.items()}
+    fields = {names.get(name, name): value for name, value in dataclasses.asdict(mixer).items()}
+    if isinstance(mixer, MambaConfig):
+        return fields | {
+            "dt_rank": mixer.dt_rank or "auto",
+            "dt_init": "random",
+            "dt_scale": 1.0,
+            "use_fast_path": True,
+        }
+    return {"layer": "Mamba2", **fields, "dt_limit": to_dict(mixer.dt_limit)}
 
 
 def _number(value: Any) -> float:

@@ -47,7 +47,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure, tree
 from torch.utils.data import DataLoader, Dataset
 
 from seqmodels.backbone import Layer, recompute_layers
-from seqmodels.checkpoint import read_json, read_tensors, resolve, save
+from seqmodels.checkpoint import read, read_json, resolve, save
 from seqmodels.config import ModelConfig, to_dict
 from seqmodels.errors import InputError
 from seqmodels.files import make_folder, write_json
@@ -270,7 +270,7 @@ def _prepare_run(config: ModelConfig, training: TrainingConfig, run: Path) -> Pa
 
 
 def _take_over(model: Model, start_from: str) -> None:
-    tensors, taken = read_tensors(resolve(start_from)), []
+    (_, tensors), taken = read(resolve(start_from)), []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in tensors and tensors[name].shape == parameter.shape:
