@@ -77,7 +77,8 @@ def classify(
             otherwise 16,384 on a CPU, 1,048,576 on a GPU.
         reading: How a model that reads in both directions reads records longer than batch_tokens: two-sweeps (exact),
             windows (of batch_tokens bases each), or auto: two-sweeps where three quarters of the free main memory hold
-            the record (about 8 bytes times the model's width per base in float32, 6 in bfloat16), otherwise windows.
+            the record (about 8 bytes times the model's width per base in float32, 6 in bfloat16, and twice that for a
+            model of both strands), otherwise windows.
         overlap: Bases before and after each of these windows that are read with it; otherwise batch_tokens / 8.
         resume: Go on where the same command was stopped or killed: its rows are in <output>.part, are checked against
             the input and kept. For .tsv, .csv and .jsonl; Parquet and .gz are written anew.
