@@ -36,6 +36,8 @@ from seqmodels.interop import needed, refuse, ssm_cfg_of, ssm_mixer
 
 VOCABULARY = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", "A", "C", "G", "T", "N")
 COMPLEMENT_MAP = (*range(7), 10, 9, 8, 7, *range(11, 16))  # with the four ids that pad the vocabulary
+TOKENIZER = {"type": "dna", "vocabulary": list(VOCABULARY)}
+"What our config.json says about such tokens."
 
 Tensors = dict[str, Tensor]
 
@@ -104,7 +106,7 @@ def read(folder: Path, values: dict[str, Any], around: dict[str, Any]) -> tuple[
         backbone=backbone,
         head=head,
         tie_embeddings=tie_embeddings,
-        tokenizer={"type": "dna", "vocabulary": list(VOCABULARY)} if known else {},
+        tokenizer=TOKENIZER if known else {},
     )
     return config, tensors
 

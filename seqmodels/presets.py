@@ -1,5 +1,6 @@
 """Backbones by name: functions that return configurations."""
 
+import dataclasses
 from typing import Any
 
 from seqmodels.config import (
@@ -15,14 +16,18 @@ from seqmodels.config import (
 )
 
 
-def mamba(d_model: int, n_layer: int, *, bidirectional: bool = False, **mixer: Any) -> BackboneConfig:
+def mamba(
+    d_model: int, n_layer: int, *, bidirectional: bool = False, tie_projections: bool = False, **mixer: Any
+) -> BackboneConfig:
     """A flat Mamba backbone; further arguments are MambaConfig's fields."""
-    return _flat(MambaConfig(**mixer), d_model, n_layer, bidirectional)
+    return _flat(MambaConfig(**mixer), d_model, n_layer, bidirectional, tie_projections)
 
 
-def mamba2(d_model: int, n_layer: int, *, bidirectional: bool = False, **mixer: Any) -> BackboneConfig:
+def mamba2(
+    d_model: int, n_layer: int, *, bidirectional: bool = False, tie_projections: bool = False, **mixer: Any
+) -> BackboneConfig:
     """A flat Mamba-2 backbone; further arguments are Mamba2Config's fields."""
-    return _flat(Mamba2Config(**mixer), d_model, n_layer, bidirectional)
+    return _flat(Mamba2Config(**mixer), d_model, n_layer, bidirectional, tie_projections)
 
 
 def attention(d_model: int, n_layer: int, *, num_heads: int, window: int | None = None) -> BackboneConfig:
@@ -48,9 +53,9 @@ def caduceus(
     With a complement map Caduceus-PS, which reads both strands; without, Caduceus-Ph, which learns them from data
     whose strand is drawn at random.
     """
-    layer = BidirectionalConfig(mixer=mixer, tie_projections=True)
+    backbone = _flat(mixer, d_model, n_layer, bidirectional=True, tie_projections=True)
     strands = None if complement_map is None else StrandsConfig(complement_map=complement_map)
-    return BackboneConfig(d_model=d_model, layers=(layer,) * n_layer, strands=strands, residual_in_fp32=False)
+    return dataclasses.replace(backbone, strands=strands, residual_in_fp32=False)
 
 
 def multiscale_mamba2(
@@ -71,6 +76,12 @@ def multiscale_mamba2(
     return MultiscaleConfig(stages=(*fine, centre), dropout=dropout)
 
 
-def _flat(mixer: MambaConfig | Mamba2Config | RNNConfig, d: int, n_layer: int, bidirectional: bool) -> BackboneConfig:
-    layer = BidirectionalConfig(mixer=mixer) if bidirectional else mixer
+def _flat(
+    mixer: MambaConfig | Mamba2Config | RNNConfig,
+    d: int,
+    n_layer: int,
+    bidirectional: bool,
+    tie_projections: bool = False,
+) -> BackboneConfig:
+    layer = BidirectionalConfig(mixer=mixer, tie_projections=tie_projections) if bidirectional else mixer
     return BackboneConfig(d_model=d, layers=(layer,) * n_layer)

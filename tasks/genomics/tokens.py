@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-VOCABULARY = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", "A", "C", "G", "T", "N")
+from seqmodels.caduceus import COMPLEMENT_MAP, TOKENIZER, VOCABULARY  # noqa: F401  # others take them from here
+
 VOCAB_SIZE = 16
 PAD, A, C, G, T, N = 4, 7, 8, 9, 10, 11
-TOKENIZER = {"type": "dna", "vocabulary": list(VOCABULARY)}
-"What a checkpoint's config.json says about its tokens."
 
 Tokens = NDArray[np.uint8]
 
@@ -48,8 +47,7 @@ def _make_table() -> bytes:
 
 
 _TABLE = _make_table()
-_COMPLEMENT = np.arange(VOCAB_SIZE, dtype=np.uint8)
-_COMPLEMENT[[A, C, G, T]] = [T, G, C, A]
+_COMPLEMENT = np.array(COMPLEMENT_MAP, dtype=np.uint8)
 _LETTERS = np.frombuffer(b"??????" + b"?ACGTN" + b"????", dtype=np.uint8)
 
 

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from seqmodels import presets
-from seqmodels.config import BackboneConfig, HeadConfig, KmerConfig, ModelConfig
+from seqmodels.checkpoint import read, resolve
+from seqmodels.config import BackboneConfig, HeadConfig, KmerConfig, ModelConfig, StrandsConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.datasets import RecordData, parse_lengths, training_data
 from seqmodels.tasks.genomics.labelled import load_labelled
-from seqmodels.tasks.genomics.tokens import TOKENIZER, VOCAB_SIZE, VOCABULARY
+from seqmodels.tasks.genomics.tokens import COMPLEMENT_MAP, TOKENIZER, VOCAB_SIZE, VOCABULARY
 from seqmodels.training import TrainingConfig, as_started, first_process, fit
 
 Mixer = Literal["mamba", "mamba2", "attention", "lstm"]
+Strands = Literal["one", "conjoined", "equivariant"]
 
 
 def train(
@@ -27,10 +29,12 @@ def train(
     validation_fraction: float = 0.1,
     validation_windows: int = 40,
     reverse_complement: bool = True,
-    mixer: Mixer = "mamba2",
+    mixer: Mixer | None = None,
     bidirectional: bool = False,
-    d_model: int = 128,
-    n_layer: int = 4,
+    tie_projections: bool = False,
+    strands: Strands | None = None,
+    d_model: int | None = None,
+    n_layer: int | None = None,
     d_state: int | None = None,
     kmer: int = 0,
     kmer_width: int = 16,
@@ -50,6 +54,12 @@ def train(
         longseq dna train genomes/enterobacteria runs/enterobacteria --window 1024,4096 --n-layer 2 --kmer 8
             --pool sqrt --start-from runs/words/model --training.keep last
 
+    Caduceus-Ph, from the folder of a pretrained one (--strands equivariant for Caduceus-PS), or from nothing:
+
+        longseq dna train promoters.csv runs/promoters --start-from caduceus-ph --strands conjoined
+        longseq dna train promoters.csv runs/promoters --mixer mamba --bidirectional --tie-projections
+            --strands conjoined
+
     Validation data are cut from the training data: a part of the records of each class, or of each long record a
     contiguous stretch that no training window touches.
 
@@ -68,10 +78,14 @@ def train(
         validation_fraction: Part of the data that is held out.
         validation_windows: Windows per class and length that are validated, at most, in long records.
         reverse_complement: Whether each training sequence is read on the other strand half of the time.
-        mixer: Kind of layer.
+        mixer: Kind of layer; otherwise mamba2.
         bidirectional: Whether layers read both directions; long records then need main memory for every base.
-        d_model: Width.
-        n_layer: Layers.
+        tie_projections: With bidirectional mamba or mamba2: share the projections of both directions, as Caduceus.
+        strands: Which strands the model reads. one: the sequence as given. conjoined: as given while training, and
+            then both, whose logits are averaged (Caduceus-Ph). equivariant: both, always, so that strands never differ
+            (Caduceus-PS). Both take twice the time; otherwise as in --start-from, or one.
+        d_model: Width; otherwise 128.
+        n_layer: Layers; otherwise 4.
         d_state: State size of mamba and mamba2; otherwise 16 and 128.
         kmer: Also embed the last so many bases as one word, through a table of 4**kmer words; 0 means no such table.
         kmer_width: Width of that table.
@@ -80,7 +94,9 @@ def train(
             square root of the length, under which evidence from long sequences adds up.
         supervise_every: With pool mean or sqrt: also learn from what was read after every so many bases, so that long
             windows teach every shorter length too; 0 means from the whole window only.
-        start_from: A model (name or folder) whose weights are taken over where name and shape agree; the rest is new.
+        start_from: A model (name or folder, also a pretrained Caduceus) whose weights are taken over where name and
+            shape agree; the rest is new. Its layers are taken, too, unless one of the options from mixer to kmer_width
+            (but for strands) says how to build new ones.
         training: Steps, learning rate and so on.
 
     Returns:
@@ -112,11 +128,25 @@ def train(
         length_warmup=length_warmup * per_step,
         packed=batching == "packed",
     )
+    described = bidirectional or tie_projections or kmer or {mixer, d_model, n_layer, d_state} != {None}
+    if start_from is not None and not described:
+        backbone = _backbone_of(start_from)
+    else:
+        backbone = _new_backbone(
+            mixer or "mamba2",
+            bidirectional,
+            tie_projections,
+            d_model or 128,
+            4 if n_layer is None else n_layer,
+            d_state,
+        )
+        backbone = dataclasses.replace(backbone, kmer=_kmers(kmer, kmer_width))
+    if strands is not None:
+        both = StrandsConfig(complement_map=COMPLEMENT_MAP, training=strands == "equivariant")
+        backbone = dataclasses.replace(backbone, strands=None if strands == "one" else both)
     config = ModelConfig(
         vocab_size=VOCAB_SIZE,
-        backbone=dataclasses.replace(
-            _backbone(mixer, bidirectional, d_model, n_layer, d_state, dropout), kmer=_kmers(kmer, kmer_width)
-        ),
+        backbone=dataclasses.replace(backbone, dropout=dropout),
         head=HeadConfig(
             task="sequence", labels=records.classes, pool=pool, dropout=dropout, supervise_every=supervise_every
         ),
@@ -130,7 +160,8 @@ def train(
     bases = sum(len(tokens) for tokens in records.tokens)
     if first_process():
         print(f"{len(records.names)} records, {bases} bases, {len(records.classes)} classes, {what}", file=sys.stderr)
-    card = _card(data, records.classes, what, reverse_complement, bases, training)
+    read_strands = None if backbone.strands is None else backbone.strands.training
+    card = _card(data, records.classes, what, reverse_complement, read_strands, bases, training)
     model = fit(config, served, training, run, card=card, start_from=start_from)
     if first_process():
         print(model)
@@ -143,34 +174,48 @@ def _kmers(k: int, width: int) -> KmerConfig | None:
     return KmerConfig(k=k, alphabet=tuple(map(VOCABULARY.index, "ACGT")), width=width) if k else None
 
 
-def _backbone(
-    mixer: Mixer, bidirectional: bool, d_model: int, n_layer: int, d_state: int | None, dropout: float
+def _backbone_of(start_from: str) -> BackboneConfig:
+    config, _ = read(resolve(start_from))
+    if not isinstance(config.backbone, BackboneConfig) or config.tokenizer != TOKENIZER:
+        raise InputError(
+            f"{start_from} is not a model of the tokens of DNA used here, so that its layers do not serve; say with "
+            "--mixer, --d-model ... how to build new ones"
+        )
+    return config.backbone
+
+
+def _new_backbone(
+    mixer: Mixer, bidirectional: bool, tie_projections: bool, d_model: int, n_layer: int, d_state: int | None
 ) -> BackboneConfig:
+    if tie_projections and not (bidirectional and mixer in ("mamba", "mamba2")):
+        raise InputError("tie_projections is for mamba and mamba2 with --bidirectional; leave it out, or add that")
     if d_state is not None and mixer not in ("mamba", "mamba2"):
         raise InputError(f"d_state is {d_state}, but {mixer} has no such size; leave it out")
     state: dict[str, Any] = {} if d_state is None else {"d_state": d_state}
     if mixer == "attention":
         if bidirectional:
             raise InputError("attention has no option bidirectional; leave it out")
-        backbone = presets.attention(d_model, n_layer, num_heads=max(1, d_model // 64))
-    elif mixer == "lstm":
-        backbone = presets.lstm(d_model, n_layer, bidirectional=bidirectional)
-    else:
-        preset = presets.mamba if mixer == "mamba" else presets.mamba2
-        backbone = preset(d_model, n_layer, bidirectional=bidirectional, **state)
-    return dataclasses.replace(backbone, dropout=dropout)
+        return presets.attention(d_model, n_layer, num_heads=max(1, d_model // 64))
+    if mixer == "lstm":
+        return presets.lstm(d_model, n_layer, bidirectional=bidirectional)
+    preset = presets.mamba if mixer == "mamba" else presets.mamba2
+    return preset(d_model, n_layer, bidirectional=bidirectional, tie_projections=tie_projections, **state)
 
 
 def _card(
-    data: Path, classes: tuple[str, ...], what: str, augmented: bool, bases: int, training: TrainingConfig
-) -> str:
-    """The model card: what a user of the weights has to know."""
+    data: Path, classes: tuple[str, ...], what: str, augmented: bool, both: bool | None, bases: int,
+    training: TrainingConfig,
+) -> str:  # fmt: skip
+    """The model card: what a user of the weights has to know. `both`: StrandsConfig.training, or None."""
     names = "\n".join(f"{i}. {name}" for i, name in enumerate(classes))
     strands = "both strands (each sequence reverse-complemented half of the time)" if augmented else "one strand"
+    answers = "" if both is None else "\n\nA sequence and its reverse complement get the same answer: "
+    if both is not None:
+        answers += "the model reads both." if both else "the mean of what the model says of the one and of the other."
     return f"""# Classifier of DNA sequences
 
 Trained on `{data.name}` ({bases} bases), {what}, {strands}, {training.max_steps} steps, seed {training.seed}. The
-weights with the best loss on held-out training data were kept.
+weights with the best loss on held-out training data were kept.{answers}
 
 Tokens: one per base (A 7, C 8, G 9, T 10, everything else that stands for a base 11, padding 4).
 

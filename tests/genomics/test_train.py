@@ -7,11 +7,15 @@ import pytest
 import torch
 
 import seqmodels
+from seqmodels import presets
+from seqmodels.caduceus import save_caduceus
+from seqmodels.config import BidirectionalConfig, HeadConfig, MambaConfig, ModelConfig, StrandsConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics import datasets
 from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.datasets import RecordData
 from seqmodels.tasks.genomics.evaluate import evaluate
+from seqmodels.tasks.genomics.tokens import COMPLEMENT_MAP, TOKENIZER
 from seqmodels.tasks.genomics.train import train
 from seqmodels.training import TrainingConfig
 
@@ -137,9 +141,53 @@ def test_every_mixer_trains_on_windows_of_long_records(tmp_path, mixer):
     assert seqmodels.load(tmp_path / "run" / "model").causal is not bidirectional
 
 
+@pytest.mark.parametrize("strands", ["conjoined", "equivariant"])
+def test_a_caduceus_is_fine_tuned_from_its_folder_and_then_says_the_same_of_both_strands(
+    table, tmp_path, strands, one_thread
+):
+    equivariant = strands == "equivariant"
+    backbone = presets.caduceus(16, 2, complement_map=COMPLEMENT_MAP if equivariant else None)
+    config = ModelConfig(vocab_size=16, backbone=backbone, head=HeadConfig(task="masked_token"), tokenizer=TOKENIZER)
+    pretrained = save_caduceus(seqmodels.build(config, seed=3), tmp_path / "pretrained")
+    options = {} if equivariant else {"strands": strands}  # which a Caduceus-PS says itself
+    steps = training(max_steps=1, learning_rate=0.0)
+    train(table, tmp_path / "run", batch_tokens=1600, start_from=str(pretrained), **options, training=steps)
+    model = seqmodels.load(tmp_path / "run" / "model")
+    assert model.config.backbone.strands == StrandsConfig(complement_map=COMPLEMENT_MAP, training=equivariant)
+    for name, tensor in seqmodels.load(pretrained).backbone.state_dict().items():
+        torch.testing.assert_close(model.backbone.state_dict()[name], tensor, rtol=0, atol=0)
+    fasta = tmp_path / "both.fa"
+    given = biased(np.random.default_rng(5), "AT", 90)
+    other = given[::-1].translate(str.maketrans("ACGT", "TGCA"))
+    fasta.write_text(f">given\n{given}\n>other\n{other}\n")
+    for batch in (1000, 40):  # whole, and in sweeps
+        out = tmp_path / f"{batch}.csv"
+        assert classify([fasta], str(tmp_path / "run" / "model"), out, device="cpu", batch_tokens=batch, chunk=32) == 0
+        rows = list(csv.DictReader(out.read_text().splitlines()))
+        assert {row["reading"] for row in rows} == {"whole" if batch == 1000 else "two-sweeps"}
+        for name in ("logit_AT-rich", "logit_GC-rich"):
+            assert float(rows[0][name]) == pytest.approx(float(rows[1][name]), abs=1e-5)
+    assert "get the same answer" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_layers_are_taken_from_the_start_unless_described(table, tmp_path, run, one_thread):
+    steps = training(max_steps=1)
+    train(table, tmp_path / "same", batch_tokens=1600, start_from=str(run / "model"), training=steps)
+    same = seqmodels.load(tmp_path / "same" / "model").config
+    assert same.backbone == seqmodels.load(run / "model").config.backbone
+    options = {"start_from": str(run / "model"), "mixer": "mamba", "n_layer": 1, "d_model": 16, "d_state": 4}
+    options |= {"bidirectional": True, "tie_projections": True, "strands": "equivariant"}
+    train(table, tmp_path / "other", batch_tokens=1600, **options, training=steps)
+    other = seqmodels.load(tmp_path / "other" / "model").config.backbone
+    assert other.layers == (BidirectionalConfig(mixer=MambaConfig(d_state=4), tie_projections=True),)
+    assert other.strands == StrandsConfig(complement_map=COMPLEMENT_MAP)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"tie_projections": True}, "tie_projections is for mamba and mamba2 with --bidirectional"),
+        ({"start_from": "spoken-digits"}, "spoken-digits is not a model of the tokens of DNA"),
         ({"window": "1000", "batch_tokens": 100}, "batch_tokens is 100, less than one window of 1000"),
         ({"window": "ten"}, "window is 'ten'"),
         ({"mixer": "lstm", "d_state": 4}, "lstm has no such size"),
