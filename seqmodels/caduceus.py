@@ -194,8 +194,9 @@ def _reversed_end(tensors: Tensors, complement: Tensor) -> Tensors:
 
 
 def save_caduceus(model: LanguageModel | SequenceClassifier, folder: str | Path) -> Path:
-    """Write a Caduceus model as the published ones are: config.json, and model.safetensors without tied tensors.
+    """Write a Caduceus model in the format of the published ones: config.json and model.safetensors.
 
+    Tied tensors are written under both names, since transformers from 4.45 or so leaves those that are missing untied.
     A model of both strands is written for the fused branch; one of an odd number of layers for the other, unless it was
     read from a fused one. A conjoined classifier is a Caduceus-Ph with `conjoin_eval`. Mamba-2 mixers, which the public
     code lacks, stand in ssm_cfg as in state-spaces/mamba.
@@ -214,12 +215,18 @@ def save_caduceus(model: LanguageModel | SequenceClassifier, folder: str | Path)
             raise InputError("the head of a Caduceus-PS is its embedding, and this model's is not (tie_embeddings)")
     tensors.pop("score.bias", None)
     wrapped, norm = (".submodule." if both else "."), (".submodule." if not fused else ".")
+    if isinstance(model, LanguageModel):
+        tensors.setdefault("lm_head.weight", tensors["backbone.embedding.weight"].clone())
+    if mixer.tie_projections:
+        projections = [name for name in tensors if re.search(r"\.mamba_fwd\.(in|out)_proj\.", name)]
+        tensors |= {name.replace("mamba_fwd", "mamba_rev"): tensors[name].clone() for name in projections}
     theirs = {}
     for name, tensor in tensors.items():
         name = name.replace(".mixer.", f".mixer{wrapped}", 1)
         name = re.sub(r"(layers\.\d+\.norm|norm_f)\.(?=weight$)", rf"\1{norm}", name)
         embedding = f"backbone.embeddings.word_embeddings.{'embedding.' if both else ''}weight"
         name = name.replace("backbone.embedding.weight", embedding)
+        name = name.replace("lm_head.", "lm_head.lm_head.") if both else name
         theirs[f"caduceus.{name}" if name.startswith("backbone.") else name] = tensor.contiguous()
     values = _values(model.config, backbone, mixer, fused, both)
     if both:

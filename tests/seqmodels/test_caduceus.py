@@ -241,7 +241,14 @@ def test_what_was_read_is_written_as_it_was(mixer, layers, rcps, fused, tied, tm
     tensors, config = checkpoint(mixer, layers, rcps=rcps, fused=fused, tied=tied)
     save_caduceus(seqmodels.load(write(tmp_path, tensors, config)), tmp_path / "ours")
     written = load_file(tmp_path / "ours" / "model.safetensors")
-    assert written.keys() == tensors.keys()
+    for name in written.keys() - tensors.keys():  # under their second names, too
+        (first,) = (
+            n for n in tensors if n in (name.replace("mamba_rev", "mamba_fwd"), name) or (
+                name.endswith("lm_head.weight") and n.endswith(("embedding.weight", "embeddings.weight"))
+            )
+        )  # fmt: skip
+        assert "lm_head" in name or ("_proj" in name and tied)
+        np.testing.assert_array_equal(written[name], tensors[first])
     for name, tensor in tensors.items():
         assert written[name].dtype == tensor.dtype
         np.testing.assert_array_equal(written[name], tensor)
