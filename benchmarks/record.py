@@ -45,9 +45,19 @@ def origin(commit_given: str | None, *program: str) -> dict[str, Any]:
 
 
 def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Rows that say everything themselves, one per line, to a folder named after their GPU; returns the file's path."""
+    """Rows that say everything themselves, one per line, to a folder named after their GPU; returns the file's path.
+
+    Rows of the file that measured something else than these stay.
+    """
     folder = rows[0]["gpu"].removeprefix("NVIDIA ").lower().replace(" ", "-")
-    return _write(RESULTS / folder / f"{name}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]")
+    path = RESULTS / folder / f"{name}.json"
+    measured = [_measured(row) for row in rows]
+    others = [row for row in json.loads(path.read_text()) if _measured(row) not in measured] if path.exists() else []
+    return _write(path, "[\n" + ",\n".join(map(json.dumps, others + rows)) + "\n]")
+
+
+def _measured(row: dict[str, Any]) -> list[Any]:
+    return [row.get(key) for key in ("op", "impl", "shape", "l", "dtype", "pass", "ranks", "device", "devices")]
 
 
 def _write(path: Path, text: str) -> Path:

@@ -132,7 +132,7 @@ def main() -> None:
                 f"{mixer:12} {l:8} {found['ms']:10.2f} {found['tokens_per_s']:12,} {found['peak_gb']:8.2f}", flush=True
             )
             if device.type == "cuda":
-                record.write_rows(f"scaling-recompute-{options.recompute}" if options.recompute else "scaling", rows)
+                record.write_rows("scaling", rows)
             if found["ms"] > 1e3 * options.most:
                 break
 

@@ -88,17 +88,18 @@ def _if_continuing(exchange: Exchange, state: Tensor) -> Tensor:
 def windows(
     exchange: Exchange, x: Tensor, reach: int, initial: Tensor | None = None, lengths: Tensor | None = None,
     seq_idx: Tensor | None = None, fill: float = 0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The `reach` inputs before this rank's stretch x (b, l, d), and the last ones of the whole: (b, reach, d) each.
 
-    Differentiable in x and initial. `fill` stands where nothing of the same sequence is. A stretch may be shorter than
-    the reach, and with lengths (b,) even empty.
+    First comes x itself, for the one op that reads it further: to the gradient that this gives for x, a fresh tensor,
+    that of the window is added in place. Differentiable in x and initial. `fill` stands where nothing of the same
+    sequence is. A stretch may be shorter than the reach, and with lengths (b,) even empty.
     """
     b, l, d = x.shape
     rows = torch.arange(reach, device=x.device)
     end = torch.full((b,), l, device=x.device) if lengths is None else lengths
     index = end[:, None] - reach + rows  # (b, reach); negative before the stretch
-    tail = x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, d))
+    x, tail = _Rows.apply(x, index.clamp(min=0)[..., None].expand(-1, -1, d))
     own = end.clamp(max=reach)  # rows that the stretch decides itself
     valid = index >= 0
     if seq_idx is not None:
@@ -121,4 +122,18 @@ def windows(
     before, after = found[exchange.place], found[-1]
     if exchange.continues is not None:
         before = before.masked_fill(~exchange.continues[:, None, None], fill)
-    return before, after
+    return x, before, after
+
+
+class _Rows(torch.autograd.Function):
+    """x, and the rows of x (b, l, d) at an index (b, rows, d), without a gradient as large as x for the few rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(index)
+        return x.view_as(x), x.gather(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, drows: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return dx.scatter_add_(1, index, drows), None

@@ -172,7 +172,7 @@ class KmerEmbedding(nn.Module):
         past, l, after = self.k - 1, ids.shape[1], None
         if self.ranks is not None:
             exchange, first = self.ranks.exchange(lengths, seq_idx), None if recent is None else recent[..., None]
-            found = windows(exchange, ids[..., None], past, first, lengths, seq_idx, fill=-1)
+            _, *found = windows(exchange, ids[..., None], past, first, lengths, seq_idx, fill=-1)
             recent, after = (t[..., 0] for t in found)
         recent = ids.new_full((len(ids), past), -1) if recent is None else recent
         ids = torch.cat([recent, ids], 1)

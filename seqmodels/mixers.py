@@ -325,7 +325,7 @@ def _convolve(
         y, window = causal_conv1d_step(x[:, 0], weight, conv.bias, activation="silu", state=initial)
         return y[:, None], window
     if exchange is not None:
-        before, window = windows(exchange, x, weight.shape[1] - 1, initial, lengths, seq_idx)
+        x, before, window = windows(exchange, x, weight.shape[1] - 1, initial, lengths, seq_idx)
         return causal_conv1d(x, weight, conv.bias, activation="silu", initial_state=before, seq_idx=seq_idx)[0], window
     y, window = causal_conv1d(x, weight, conv.bias, activation="silu", initial_state=initial, seq_idx=seq_idx)
     if lengths is None:
