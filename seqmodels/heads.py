@@ -63,7 +63,8 @@ class Model(nn.Module):
 
     def terms(self, batch: dict[str, Tensor]) -> Tensor:
         """Over how many terms the loss of a batch is a mean: its weight beside other batches."""
-        terms = (batch["targets"] != IGNORED).sum()
+        counted = batch["targets"] != IGNORED
+        terms = (counted * batch["weights"] if "weights" in batch else counted).sum()
         return terms if self.ranks is None else self.ranks.total(terms)
 
 
@@ -94,7 +95,11 @@ class LanguageModel(Model):
         conditions: (b, n) int64, one id per entry of config.conditions; len(values) means 'not given', as does None.
         """
         x, state = self.backbone(ids, state, lengths, seq_idx, conditions)
-        return F.linear(x, self._weight()), state
+        return self.logits(x), state
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., vocabulary) of features of the backbone."""
+        return F.linear(x, self._weight())
 
     def _weight(self) -> Tensor:
         """(vocabulary, d), or (vocabulary, 2 d) for features of both strands."""
@@ -102,7 +107,10 @@ class LanguageModel(Model):
         return torch.cat([weight, weight[self.backbone.complement]], 1) if self.backbone.both_strands else weight
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy in nats over targets that are not -100, and {bits, count}."""
+        """Mean cross-entropy in nats over targets that are not -100, and {bits, count}.
+
+        With `weights` (b, l) in the batch, a mean weighted by them; count is then their sum.
+        """
         return self.loss_from(batch, None)[:2]
 
     def loss_from(self, batch: dict[str, Tensor], state: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
@@ -110,7 +118,8 @@ class LanguageModel(Model):
         x, state = self.backbone(
             batch["ids"], state, batch.get("lengths"), batch.get("seq_idx"), batch.get("conditions")
         )
-        loss, _, count = _cross_entropy(x, self._weight(), None, batch["targets"], self.ranks)
+        weights = batch.get("weights")
+        loss, _, count = _cross_entropy(x, self._weight(), None, batch["targets"], self.ranks, weights)
         return loss, {"bits": loss.detach() / math.log(2), "count": count}, state
 
 
@@ -340,22 +349,34 @@ class PositionClassifier(Model):
 
 
 def _cross_entropy(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ranks: Any
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ranks: Any, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over targets (b, l) that count (0 where none does) of features (b, l, d); how many are right, and count."""
+    """Mean over targets (b, l) that count (0 where none does) of features (b, l, d); how many are right, and count.
+
+    With weights (b, l) the mean is weighted, and count their sum.
+    """
     x, targets = x.flatten(0, 1), targets.flatten()
-    count = (targets != IGNORED).sum()
+    counted = targets != IGNORED
+    weights = None if weights is None else weights.flatten() * counted
+    count = counted.sum() if weights is None else weights.sum()
     if len(targets) * len(weight) > LOGITS:
-        total, right = _ChunkedCrossEntropy.apply(x, weight, bias, targets)
+        total, right = _ChunkedCrossEntropy.apply(x, weight, bias, targets, weights)
     else:
         logits = F.linear(x, weight, bias)
         logits = logits.to(_wide_dtype(logits))
-        total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        total = _summed_cross_entropy(logits, targets, weights)
         right = (logits.detach().argmax(-1) == targets).sum()
+    least = 1 if weights is None else torch.finfo(count.dtype).tiny
     if ranks is None:
-        return total / count.clamp(min=1), right, count
+        return total / count.clamp(min=least), right, count
     count = ranks.total(count)
-    return ranks.whole(total / count.clamp(min=1)), ranks.total(right), count
+    return ranks.whole(total / count.clamp(min=least)), ranks.total(right), count
+
+
+def _summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return (F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none") * weights).sum()
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:
@@ -366,26 +387,30 @@ def _wide_dtype(x: Tensor) -> torch.dtype:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of x (l, d) @ weight (v, d)^T + bias, and how many targets (l,) have the largest logit.
 
+    Each target counts weights (l,) times, if there are any; they get no gradient.
+
     The logits exist for LOGITS / v positions at a time, forward and again backward, where softmax(logits) - onehot is
     their gradient. Products are taken in autocast's type, sums over positions in float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         device = x.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.save_for_backward(x, weight, bias, targets)
+        ctx.save_for_backward(x, weight, bias, targets, weights)
         total = torch.zeros((), dtype=_wide_dtype(x), device=x.device)
         right = torch.zeros((), dtype=torch.int64, device=x.device)
         for logits, part in _logits_in_chunks(x, weight, bias, ctx.dtype):
-            total += F.cross_entropy(logits, targets[part], ignore_index=IGNORED, reduction="sum")
+            total += _summed_cross_entropy(logits, targets[part], None if weights is None else weights[part])
             right += (logits.argmax(-1) == targets[part]).sum()
         ctx.mark_non_differentiable(right)
         return total, right
 
     @staticmethod
-    def backward(ctx: Any, dtotal: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        x, weight, bias, targets = ctx.saved_tensors
+    def backward(ctx: Any, dtotal: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        x, weight, bias, targets, weights = ctx.saved_tensors
         narrow = weight.to(ctx.dtype)
         exact = _wide_dtype(narrow)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=exact)
@@ -394,12 +419,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             counts = (targets[part] != IGNORED)[:, None]
             dlogits = logits.softmax(-1)
             dlogits.scatter_add_(1, targets[part, None].clamp(min=0), -counts.to(exact))
-            dlogits *= counts * dtotal
+            dlogits *= counts * dtotal if weights is None else weights[part, None] * dtotal
             dx[part] = dlogits.to(ctx.dtype) @ narrow
             dweight.addmm_(dlogits.T, x[part].to(exact))
             if dbias is not None:
                 dbias += dlogits.sum(0)
-        return dx, dweight.to(weight.dtype), None if dbias is None else dbias.to(bias.dtype), None
+        return dx, dweight.to(weight.dtype), None if dbias is None else dbias.to(bias.dtype), None, None
 
 
 def _logits_in_chunks(

@@ -43,7 +43,7 @@ from seqmodels.kernels.across import Exchange
 from seqmodels.mixers import Bidirectional, Mamba, Mamba2
 from seqmodels.multiscale import Multiscale
 
-_SPLIT = ("ids", "targets", "seq_idx")  # of a batch, what has a step dimension
+_SPLIT = ("ids", "targets", "weights", "seq_idx")  # of a batch, what has a step dimension
 
 
 def parallelise(model: Model, mesh: DeviceMesh) -> Model:

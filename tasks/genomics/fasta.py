@@ -62,7 +62,9 @@ class FastaReader:
     The error comes at the first step if nothing can be read, and after the last readable record otherwise.
     """
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str, keep_case: bool = False):
+        """`keep_case` as for tokens.encode."""
+        self._keep_case = keep_case
         self.name = "standard input" if str(path) == "-" else str(path)
         self._path = path
         self._problem: str | None = None
@@ -130,7 +132,7 @@ class FastaReader:
                 following.append((is_header, part))
                 return
             if record.counts.invalid is None:
-                tokens = encode(part, record.counts)
+                tokens = encode(part, record.counts, self._keep_case)
                 if len(tokens):
                     yield tokens
         record.truncated = self._broken

@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from seqmodels.caduceus import COMPLEMENT_MAP, TOKENIZER, VOCABULARY  # noqa: F401  # others take them from here
 
 VOCAB_SIZE = 16
-PAD, A, C, G, T, N = 4, 7, 8, 9, 10, 11
+MASK, PAD, A, C, G, T, N = 3, 4, 7, 8, 9, 10, 11
+SOFT_MASKED = 0x10  # above the four bits of a token: written in lower case
 
 Tokens = NDArray[np.uint8]
 
 _WHITE_SPACE = b" \t\r\n"
-_SOFT_MASKED, _AMBIGUOUS, _INVALID = 0x10, 0x20, 0x40  # flags above the four bits of the token
+_AMBIGUOUS, _INVALID = 0x20, 0x40  # further such flags
 
 
 def _make_table() -> bytes:
@@ -40,7 +41,7 @@ def _make_table() -> bytes:
         table[ord(code)] = N | _AMBIGUOUS
     for letter in range(ord("A"), ord("Z") + 1):
         if table[letter] != _INVALID:
-            table[letter + 32] = table[letter] | _SOFT_MASKED
+            table[letter + 32] = table[letter] | SOFT_MASKED
     for code in "-.*?":
         table[ord(code)] = N | _AMBIGUOUS
     return bytes(table)
@@ -67,8 +68,11 @@ class Counts:
     "Position (from 1) and character of the first byte that is no base, if there is one."
 
 
-def encode(sequence: bytes, counts: Counts | None = None) -> Tokens:
-    """Tokens (l,) uint8 of the bytes of a sequence; adds to `counts`, and stops before the first invalid byte."""
+def encode(sequence: bytes, counts: Counts | None = None, keep_case: bool = False) -> Tokens:
+    """Tokens (l,) uint8 of the bytes of a sequence; adds to `counts`, and stops before the first invalid byte.
+
+    With `keep_case`, those of lower-case letters have the flag SOFT_MASKED.
+    """
     coded = np.frombuffer(sequence.translate(_TABLE, _WHITE_SPACE), dtype=np.uint8)
     counts = Counts() if counts is None else counts
     flags = int(np.bitwise_or.reduce(coded)) if len(coded) else 0
@@ -83,9 +87,9 @@ def encode(sequence: bytes, counts: Counts | None = None) -> Tokens:
     counts.unknown += int(np.count_nonzero(tokens == N))
     if flags & _AMBIGUOUS:
         counts.ambiguous += int(np.count_nonzero(coded & _AMBIGUOUS))
-    if flags & _SOFT_MASKED:
-        counts.soft_masked += int(np.count_nonzero(coded & _SOFT_MASKED))
-    return tokens
+    if flags & SOFT_MASKED:
+        counts.soft_masked += int(np.count_nonzero(coded & SOFT_MASKED))
+    return coded & np.uint8(SOFT_MASKED | 0x0F) if keep_case else tokens
 
 
 def decode(tokens: Tokens) -> str:

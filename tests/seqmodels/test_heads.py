@@ -208,21 +208,39 @@ def test_a_loss_in_chunks_of_positions_is_the_loss_with_its_gradients(task, chun
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_chunked_loss_has_the_gradients_of_the_definition_in_float64(bias, monkeypatch):
+def test_the_chunked_loss_has_the_gradients_of_the_definition_in_float64(bias, weighted, monkeypatch):
     monkeypatch.setattr(heads, "LOGITS", 37 * 7)
     x = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
     b = torch.randn(37, dtype=torch.float64, requires_grad=True) if bias else None
     targets = torch.randint(0, 37, (50,)).masked_fill(torch.arange(50) % 5 == 0, -100)
-    total, right = heads._ChunkedCrossEntropy.apply(x, weight, b, targets)
+    weights = torch.rand(50, dtype=torch.float64) * (targets >= 0) if weighted else None
+    total, right = heads._ChunkedCrossEntropy.apply(x, weight, b, targets, weights)
     logits = F.linear(x, weight, b)
-    want = F.cross_entropy(logits, targets, reduction="sum")
+    want = (F.cross_entropy(logits, targets, reduction="none") * (1 if weights is None else weights)).sum()
     inputs = [t for t in (x, weight, b) if t is not None]
     torch.testing.assert_close(total, want, rtol=1e-13, atol=0)
     assert right == (logits.argmax(-1) == targets).sum()
     for got, expected in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(want, inputs), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("limit", [10**9, 37 * 7])
+def test_weights_of_targets_count_as_so_many_targets(limit, monkeypatch):
+    monkeypatch.setattr(heads, "LOGITS", limit)
+    model, batch = with_logits("next_token")
+    model.double()
+    weights = torch.randint(0, 3, batch["targets"].shape, generator=torch.Generator().manual_seed(1)).double()
+    loss, metrics = model.loss(batch | {"weights": weights})
+    parts = []
+    for times in (1, 2):  # those that count once, and those that count twice
+        some = batch | {"targets": batch["targets"].masked_fill(weights != times, -100)}
+        parts.append((times * model.terms(some), model.loss(some)[0]))
+    want = sum(n * mean for n, mean in parts) / sum(n for n, _ in parts)
+    torch.testing.assert_close(loss, want, rtol=1e-6 if limit < 1e9 else 1e-12, atol=0)
+    assert metrics["count"] == sum(n for n, _ in parts) == model.terms(batch | {"weights": weights})
 
 
 def test_the_chunked_loss_in_bfloat16_is_as_exact_as_the_plain_one(monkeypatch):

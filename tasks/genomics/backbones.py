@@ -1,0 +1,74 @@
+"""The backbone of a model of DNA, from a command's options or from the model that it starts from."""
+
+import dataclasses
+from typing import Any, Literal
+
+from seqmodels import presets
+from seqmodels.checkpoint import read, resolve
+from seqmodels.config import BackboneConfig, KmerConfig, StrandsConfig
+from seqmodels.errors import InputError
+from seqmodels.tasks.genomics.tokens import COMPLEMENT_MAP, TOKENIZER, VOCABULARY
+
+Mixer = Literal["mamba", "mamba2", "attention", "lstm"]
+Strands = Literal["one", "conjoined", "equivariant"]
+
+
+def choose_backbone(
+    start_from: str | None,
+    mixer: Mixer | None,
+    d_model: int | None,
+    n_layer: int | None,
+    d_state: int | None,
+    kmer: int,
+    kmer_width: int,
+    *,
+    strands: Strands | None,
+    bidirectional: bool,
+    tie_projections: bool,
+) -> BackboneConfig:
+    """The layers of `start_from` unless an option describes new ones; `strands` changes either."""
+    described = bidirectional or tie_projections or kmer or {mixer, d_model, n_layer, d_state} != {None}
+    if start_from is not None and not described:
+        backbone = _backbone_of(start_from)
+    else:
+        layers = 4 if n_layer is None else n_layer
+        backbone = _new_backbone(mixer or "mamba2", bidirectional, tie_projections, d_model or 128, layers, d_state)
+        backbone = dataclasses.replace(backbone, kmer=_kmers(kmer, kmer_width))
+    if strands is None:
+        return backbone
+    both = StrandsConfig(complement_map=COMPLEMENT_MAP, training=strands == "equivariant")
+    return dataclasses.replace(backbone, strands=None if strands == "one" else both)
+
+
+def _kmers(k: int, width: int) -> KmerConfig | None:
+    if not 0 <= k <= 12:
+        raise InputError(f"kmer is {k}; expected 0 (none) to 12 (a table of 16.8 million words)")
+    return KmerConfig(k=k, alphabet=tuple(map(VOCABULARY.index, "ACGT")), width=width) if k else None
+
+
+def _backbone_of(start_from: str) -> BackboneConfig:
+    config, _ = read(resolve(start_from))
+    if not isinstance(config.backbone, BackboneConfig) or config.tokenizer != TOKENIZER:
+        raise InputError(
+            f"{start_from} is not a model of the tokens of DNA used here, so that its layers do not serve; say with "
+            "--mixer, --d-model ... how to build new ones"
+        )
+    return config.backbone
+
+
+def _new_backbone(
+    mixer: Mixer, bidirectional: bool, tie_projections: bool, d_model: int, n_layer: int, d_state: int | None
+) -> BackboneConfig:
+    if tie_projections and not (bidirectional and mixer in ("mamba", "mamba2")):
+        raise InputError("tie_projections is for mamba and mamba2 with --bidirectional; leave it out, or add that")
+    if d_state is not None and mixer not in ("mamba", "mamba2"):
+        raise InputError(f"d_state is {d_state}, but {mixer} has no such size; leave it out")
+    state: dict[str, Any] = {} if d_state is None else {"d_state": d_state}
+    if mixer == "attention":
+        if bidirectional:
+            raise InputError("attention has no option bidirectional; leave it out")
+        return presets.attention(d_model, n_layer, num_heads=max(1, d_model // 64))
+    if mixer == "lstm":
+        return presets.lstm(d_model, n_layer, bidirectional=bidirectional)
+    preset = presets.mamba if mixer == "mamba" else presets.mamba2
+    return preset(d_model, n_layer, bidirectional=bidirectional, tie_projections=tie_projections, **state)

@@ -1,0 +1,115 @@
+"""Genomes on disk: the records of FASTA files as tokens in one file that is mapped into memory.
+
+Any stretch of any record is read without the rest, by as many processes as there are, from plain, gzip and BGZF files
+alike. It takes a byte per base on disk and memory only for what is in use.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from seqmodels.errors import InputError
+from seqmodels.files import make_folder, replacing, write_json
+from seqmodels.tasks.genomics.fasta import FastaReader
+from seqmodels.tasks.genomics.tokens import SOFT_MASKED, N, Tokens
+
+_BASES = np.uint8(0x0F)
+
+
+@dataclass(frozen=True)
+class Genome:
+    """Records by name; bases are counted from 0."""
+
+    names: tuple[str, ...]
+    "Names of the records, each once, in the order of the files."
+    starts: tuple[int, ...]
+    "Where each record begins in `coded`, and the end of the last."
+    coded: Tokens
+    "Tokens of all records, those of lower-case letters with the flag SOFT_MASKED."
+
+    def length(self, record: int) -> int:
+        """Bases of a record."""
+        return self.starts[record + 1] - self.starts[record]
+
+    def coded_bases(self, record: int, start: int, end: int) -> Tokens:
+        """Tokens (end - start,) of the record with their flag; a view, inside of the record."""
+        first = self.starts[record]
+        return self.coded[first + start : first + end]
+
+    def bases(self, record: int, start: int, end: int) -> Tokens:
+        """Tokens (end - start,) of the record without flags, N where they lie outside of it."""
+        inside = self.coded_bases(record, max(0, start), min(end, self.length(record))) & _BASES
+        if len(inside) == end - start:
+            return inside
+        whole = np.full(end - start, N, dtype=np.uint8)
+        whole[max(0, -start) :][: len(inside)] = inside
+        return whole
+
+
+def read_genome(files: Sequence[Path], folder: Path | None = None) -> Genome:
+    """The records of FASTA files, from genome.tokens in `folder`, which is made where it is not there or not of them.
+
+    Without a folder the tokens are in an unnamed temporary file. Damaged files, characters that are no base, records
+    without bases and names that come twice are an InputError.
+    """
+    if folder is None:
+        with tempfile.TemporaryFile() as file:
+            names, starts = _write(files, file)
+            return Genome(names, starts, _mapped(file))
+    tokens, index = folder / "genome.tokens", folder / "genome.json"
+    made_of = _identity(files)
+    try:
+        known = json.loads(index.read_text(encoding="utf-8"))
+        if known["made_of"] == made_of and tokens.stat().st_size == known["starts"][-1]:
+            return Genome(tuple(known["names"]), tuple(known["starts"]), _mapped(tokens))
+    except (OSError, ValueError, KeyError):
+        pass  # not there, or not whole
+    make_folder(folder)
+    with replacing(tokens) as temporary, open(temporary, "w+b") as file:
+        names, starts = _write(files, file)
+        coded = _mapped(file)
+    write_json(index, {"made_of": made_of, "names": names, "starts": starts})
+    return Genome(names, starts, coded)
+
+
+def _identity(files: Sequence[Path]) -> str:
+    """What tells these files from others, and from themselves after a change."""
+    try:
+        parts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError:
+        return ""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _write(files: Sequence[Path], file: BinaryIO) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    names: dict[str, None] = {}
+    starts = [0]
+    for path in files:
+        for record in FastaReader(path, keep_case=True):
+            where = f"{path}, record {record.name!r}"
+            if record.name in names:
+                raise InputError(f"{where}: a record of this name came before; rename one")
+            for chunk in record.chunks():
+                file.write(chunk.tobytes())
+            if record.counts.invalid:
+                position, character = record.counts.invalid
+                raise InputError(f"{where}: {character!r} at position {position} is no base; remove or correct it")
+            if not record.counts.length:
+                raise InputError(f"{where} has no bases; remove it")
+            names[record.name] = None
+            starts.append(starts[-1] + record.counts.length)
+    file.flush()
+    return tuple(names), tuple(starts)
+
+
+def _mapped(file: BinaryIO | Path) -> Tokens:
+    if os.fstat(file.fileno()).st_size if not isinstance(file, Path) else file.stat().st_size:
+        return np.memmap(file, dtype=np.uint8, mode="r")
+    return np.zeros(0, dtype=np.uint8)
