@@ -177,7 +177,7 @@ _conv = torch.library.custom_op("longseq::causal_conv1d", mutates_args=())(_conv
 
 
 @_conv.register_kernel("cuda")
-def _conv_on_gpu(x, weight, bias, initial_state, run, silu):
+def _conv_anywhere(x, weight, bias, initial_state, run, silu):
     form = triton_form("causal_conv1d", x)
     return (_conv_in_torch if form is None else form.forward)(x, weight, bias, initial_state, run, silu)
 
@@ -221,7 +221,7 @@ _conv_backward = torch.library.custom_op("longseq::causal_conv1d_backward", muta
 
 
 @_conv_backward.register_kernel("cuda")
-def _conv_backward_on_gpu(dy, dfinal, x, weight, bias, initial_state, run, silu):
+def _conv_backward_anywhere(dy, dfinal, x, weight, bias, initial_state, run, silu):
     form = triton_form("causal_conv1d", x)
     backward = _conv_backward_in_torch if form is None else form.backward
     return backward(dy, dfinal, x, weight, bias, initial_state, run, silu)
@@ -252,4 +252,4 @@ def _autograd(ctx, dy, dfinal, backward=_conv_backward):
 
 
 _conv.register_autograd(_autograd, setup_context=_setup_context)
-_direct = direct(_conv, _conv_on_gpu, _setup_context, partial(_autograd, backward=_conv_backward_on_gpu))
+_direct = direct(_conv, _conv_anywhere, _setup_context, partial(_autograd, backward=_conv_backward_anywhere))

@@ -8,8 +8,10 @@ from torch import Tensor
 
 
 def triton_form(op: str, x: Tensor) -> ModuleType | None:
-    """seqmodels.kernels.{op}_triton, or None where triton is missing or x is float64: then the plain form computes."""
-    return None if x.element_size() == 8 else _module(f"seqmodels.kernels.{op}_triton")
+    """seqmodels.kernels.{op}_triton for x on a GPU; elsewhere, in float64 and where triton is missing None: then the
+    plain form computes.
+    """
+    return _module(f"seqmodels.kernels.{op}_triton") if x.is_cuda and x.element_size() < 8 else None
 
 
 @functools.cache

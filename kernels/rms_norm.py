@@ -154,7 +154,7 @@ _rms_norm = torch.library.custom_op("longseq::rms_norm", mutates_args=())(_rms_n
 
 
 @_rms_norm.register_kernel("cuda")
-def _rms_norm_on_gpu(x, weight, bias, z, residual, epsilon, norm_before_gate, groups, residual_in_fp32):
+def _rms_norm_anywhere(x, weight, bias, z, residual, epsilon, norm_before_gate, groups, residual_in_fp32):
     form = triton_form("rms_norm", x)
     if form is None:
         return _rms_norm_in_torch(x, weight, bias, z, residual, epsilon, norm_before_gate, groups, residual_in_fp32)
@@ -206,7 +206,7 @@ _rms_norm_backward = torch.library.custom_op("longseq::rms_norm_backward", mutat
 
 
 @_rms_norm_backward.register_kernel("cuda")
-def _rms_norm_backward_on_gpu(
+def _rms_norm_backward_anywhere(
     dy, dtotal, v, weight, bias, z, epsilon, norm_before_gate, groups, x_dtype, residual_dtype
 ):
     arguments = dy, dtotal, v, weight, bias, z, epsilon, norm_before_gate, groups, x_dtype, residual_dtype
@@ -269,4 +269,5 @@ def _autograd(ctx, dy, dtotal, backward=_rms_norm_backward):
 
 
 _rms_norm.register_autograd(_autograd, setup_context=_setup_context)
-_direct = direct(_rms_norm, _rms_norm_on_gpu, _setup_context, partial(_autograd, backward=_rms_norm_backward_on_gpu))
+_backward = partial(_autograd, backward=_rms_norm_backward_anywhere)
+_direct = direct(_rms_norm, _rms_norm_anywhere, _setup_context, _backward)

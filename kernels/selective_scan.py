@@ -11,8 +11,8 @@ size, c stretches of STEPS steps. Shapes: x, dt, z (b, l, e); A (e, n) real; B, 
 (b, e, n). States, and all sums, are float32 (float64 for float64 inputs).
 """
 
-import functools
 import math
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqmodels.kernels.across import Exchange, across
+from seqmodels.kernels.direct import direct
 from seqmodels.kernels.discretize import step_size, step_size_gradient
 from seqmodels.kernels.dispatch import triton_form
 from seqmodels.kernels.packing import starts_of_sequences
@@ -52,7 +53,7 @@ def selective_scan(
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     resets = None if seq_idx is None else starts_of_sequences(seq_idx)
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state, resets, dt_softplus, *dt_limit)
-    return _scan(*inputs)[:2] if exchange is None else _across(exchange, *inputs)
+    return _direct(*inputs)[:2] if exchange is None else _across(exchange, *inputs)
 
 
 def selective_scan_reference(
@@ -150,7 +151,7 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x {(b, l, e)} it must be {shape}")
 
 
-@functools.cache
+@cache
 def _compiled() -> ModuleType | None:
     """The compiled CPU form, or None where numba is missing."""
     try:
@@ -287,14 +288,14 @@ def _backward(
 
 
 def _gpu_form(x: Tensor) -> ModuleType | None:
-    return triton_form("selective_scan", x) if x.device.type == "cuda" else None
+    return triton_form("selective_scan", x)
 
 
 _scan = torch.library.custom_op("longseq::selective_scan", _forward, mutates_args=())
 
 
 @_scan.register_kernel("cuda")
-def _(x, *arguments):
+def _anywhere(x, *arguments):
     form = _gpu_form(x)
     return (form.forward if form else _forward)(x, *arguments)
 
@@ -310,7 +311,7 @@ _scan_backward = torch.library.custom_op("longseq::selective_scan_backward", _ba
 
 
 @_scan_backward.register_kernel("cuda")
-def _(dy, dfinal, x, *arguments):
+def _backward_anywhere(dy, dfinal, x, *arguments):
     form = _gpu_form(x)
     return (form.backward if form else _backward)(dy, dfinal, x, *arguments)
 
@@ -340,6 +341,7 @@ def _autograd(ctx, dy, dfinal, dstarts, backward=_scan_backward):
 
 
 _scan.register_autograd(_autograd, setup_context=_setup_context)
+_direct = direct(_scan, _anywhere, _setup_context, partial(_autograd, backward=_backward_anywhere))
 
 
 # What a stretch of a sequence adds to the state at its end, and to the adjoint at its start: sums over its steps,

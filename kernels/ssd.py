@@ -366,13 +366,11 @@ _ssd = torch.library.custom_op("longseq::ssd", _forward_in_torch, mutates_args=(
 
 def _gpu_form(x: Tensor, B: Tensor) -> ModuleType | None:
     """The Triton form on a GPU, except in float32 with n > 128: where sums of so many products cost dA a digit."""
-    if x.device.type != "cuda" or (x.dtype == torch.float32 and B.shape[-1] > 128):
-        return None
-    return triton_form("ssd", x)
+    return None if x.dtype == torch.float32 and B.shape[-1] > 128 else triton_form("ssd", x)
 
 
 @_ssd.register_kernel("cuda")
-def _on_gpu(x, *others):
+def _anywhere(x, *others):
     form = _gpu_form(x, others[2])
     return _forward_in_torch(x, *others) if form is None else form.forward(x, *others[:-1])  # it has chunks of its own
 
@@ -428,7 +426,7 @@ _ssd_backward = torch.library.custom_op("longseq::ssd_backward", _backward_in_to
 
 
 @_ssd_backward.register_kernel("cuda")
-def _backward_on_gpu(dy, dfinal, x, *others):
+def _backward_anywhere(dy, dfinal, x, *others):
     form = _gpu_form(x, others[2])
     if form is None:
         return _backward_in_torch(dy, dfinal, x, *others)
@@ -464,7 +462,7 @@ def _backward(ctx, dy, dfinal, dstarts, backward=_ssd_backward):
 
 
 _ssd.register_autograd(_backward, setup_context=_setup_context)
-_direct = direct(_ssd, _on_gpu, _setup_context, partial(_backward, backward=_backward_on_gpu))
+_direct = direct(_ssd, _anywhere, _setup_context, partial(_backward, backward=_backward_anywhere))
 
 
 # What a stretch of a sequence adds to the state at its end, and to the adjoint at its start: sums over its steps,
