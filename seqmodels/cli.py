@@ -5,17 +5,19 @@ import inspect
 import os
 import re
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from seqmodels.errors import InputError
 
 COMMANDS = {
     "dna": {
         "classify": "seqmodels.tasks.genomics.classify",
+        "data": "seqmodels.tasks.genomics.public",
         "evaluate": "seqmodels.tasks.genomics.evaluate",
         "train": "seqmodels.tasks.genomics.train",
     },
@@ -29,6 +31,7 @@ COMMANDS = {
 USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help explains one
 
   longseq dna classify FILE...        label the records of FASTA files: a table, one row per record
+  longseq dna data list|get|info      public data sets by name, and what a data set holds
   longseq dna evaluate MODEL --data D accuracy and more on labelled data
   longseq dna train DATA RUN          train a classifier on your own data
   longseq audio generate --prompt P   make sound from a label or the start of a recording
@@ -79,7 +82,8 @@ def _run(words: list[str]) -> int:
 def _parser(function: Callable, prog: str) -> "_Parser":
     """The parser of one command; a first parameter that is a list takes all free words (FILE...)."""
     text = inspect.getdoc(function) or ""
-    parser = _Parser(prog=prog, description=text.split("\n\nArgs:")[0], exit_on_error=False)
+    described = text.split("\n\nArgs:")[0]
+    parser = _Parser(prog=prog, description=described, exit_on_error=False, formatter_class=_Help)
     first, hint = next(iter(typing.get_type_hints(function).items()))
     several = typing.get_origin(hint) is list
     if several:
@@ -89,6 +93,14 @@ def _parser(function: Callable, prog: str) -> "_Parser":
         parser.add_argument(first, nargs="+", type=kind, metavar=first.upper().removesuffix("S"), help=help_text)
     parser.add_function_arguments(function, as_positional=True, fail_untyped=True, skip={first} if several else None)
     return parser
+
+
+class _Help(DefaultHelpFormatter):
+    """Help whose paragraphs and indented lines are those of the docstring."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        return "\n\n".join(p if p.startswith("  ") else textwrap.fill(" ".join(p.split()), width) for p in parts)
 
 
 class _Parser(ArgumentParser):

@@ -207,6 +207,9 @@ class ConditionConfig:
     "Names of the values; the id after the last one means 'not given'."
 
 
+Targets = Literal["single", "multi", "regression"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
     """What is read off the backbone."""
@@ -222,6 +225,13 @@ class HeadConfig:
     "Dropout before the classifier while training."
     supervise_every: int = 0
     "While training a head that pools by mean or sqrt, also classify what was read after every so many positions."
+    targets: Targets = "single"
+    "What 'sequence' says of each: one class; any number of the classes, each by itself; or a number for each label."
+    class_weights: tuple[float, ...] = ()
+    """While training, the weight in the loss of a sequence of each class; with targets 'multi' that of a class being
+    present. Nothing means 1."""
+    scale: tuple[tuple[float, float], ...] = ()
+    "Mean and standard deviation of each number to be predicted, in which units the head learns; nothing means 0 and 1."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,10 +135,20 @@ class Pooled(NamedTuple):
 
 
 class SequenceClassifier(Model):
-    """One label per sequence; a sequence of any length can be read in chunks by a causal model."""
+    """One label, several, or numbers per sequence; a causal model can read a sequence of any length in chunks.
+
+    What it gives of a sequence, called logits: those of a softmax over the classes, those of a sigmoid for each class
+    (targets 'multi'), or the numbers themselves ('regression').
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
+        head = config.head
+        for name, given in (("class_weights", head.class_weights), ("scale", head.scale)):
+            if given and len(given) != len(head.labels):
+                raise InputError(f"head.{name} has {len(given)} entries for {len(head.labels)} labels; give one each")
+        if head.class_weights and head.targets == "regression":
+            raise InputError("head.class_weights are for classes, not for a regression; leave them out")
         self.dropout = nn.Dropout(config.head.dropout)
         self.score = nn.Linear(config.backbone.d_model, len(config.head.labels))
 
@@ -157,10 +167,11 @@ class SequenceClassifier(Model):
         """
         x, _ = self.backbone(ids, None, lengths, seq_idx, conditions)
         if seq_idx is None:
-            return self._score(*self._summarise(x, lengths))
+            return self._in_units(self._score(*self._summarise(x, lengths)))
         most = seq_idx.max() + 1
         most = int(most if self.ranks is None else self.ranks.gather(most).max())
-        return self._score(*self._summarise(x, lengths, seq_idx, most)).unflatten(0, (len(ids), most))
+        scores = self._in_units(self._score(*self._summarise(x, lengths, seq_idx, most)))
+        return scores.unflatten(0, (len(ids), most))
 
     def read(self, ids: Tensor, state: Pooled | None = None, *, lengths: Tensor | None = None) -> Pooled:
         """The state after reading one more chunk; `classify(state)` gives what one pass would have given.
@@ -205,7 +216,7 @@ class SequenceClassifier(Model):
 
     def classify(self, state: Pooled) -> Tensor:
         """Logits (b, classes) for what has been read."""
-        return self._score(state.summary, state.count)
+        return self._in_units(self._score(state.summary, state.count))
 
     def _summarise(
         self, x: Tensor, lengths: Tensor | None, seq_idx: Tensor | None = None, most: int = 1
@@ -276,36 +287,72 @@ class SequenceClassifier(Model):
         weight = self.score.weight
         return self.score(self.dropout(self.mean_of_strands(summary).to(weight.dtype)))
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy in nats over sequences, and {accuracy, count}.
+    def _in_units(self, scores: Tensor) -> Tensor:
+        """Scores (n, labels) as numbers in the units of what is predicted, in a regression."""
+        if not self.config.head.scale:
+            return scores
+        mean, deviation = scores.new_tensor(self.config.head.scale, dtype=_wide_dtype(scores)).T
+        return scores * deviation + mean
 
-        Targets are (b,), or (b, m) for rows packed by seq_idx, of up to m sequences: IGNORED where a row has fewer.
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss over sequences, and {accuracy, count} ({count} in a regression).
+
+        Targets are ids (b,), or (b, m) for rows packed by seq_idx, of up to m sequences: IGNORED where a row has fewer.
+        With targets 'multi' and 'regression' they are (b, labels) or (b, m, labels), NaN where nothing is known. The
+        loss of a sequence is cross-entropy in nats, its mean over the known labels (0 or 1 each), or the mean squared
+        error in units of the standard deviations of head.scale.
 
         With `supervise_every`, training averages it over prefixes of each sequence, and the whole of it: one long
         sequence then teaches every length up to its own.
         """
         targets, lengths, seq_idx = batch["targets"], batch.get("lengths"), batch.get("seq_idx")
         x, _ = self.backbone(batch["ids"], None, lengths, seq_idx, batch.get("conditions"))
-        logits = self._score(*self._summarise(x, lengths, seq_idx, targets.shape[-1]))
-        logits, targets = logits.to(_wide_dtype(logits)), targets.flatten()
-        count = (targets != IGNORED).sum()
-        loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / count.clamp(min=1)
+        scores = self._score(*self._summarise(x, lengths, seq_idx, 1 if seq_idx is None else targets.shape[1]))
+        targets = targets.flatten(0, 1) if seq_idx is not None else targets
+        known = self._known(targets)
+        count = known.sum()
+        errors, right = self._errors(scores, targets)
+        loss = errors.sum() / count.clamp(min=1)
         read = self._supervised(batch)
         if prefixes := read.shape[1]:
             every = self.config.head.supervise_every
             sums = x[:, : prefixes * every].unflatten(1, (prefixes, every)).sum(2, dtype=torch.float32).cumsum(1)
             ends = every * torch.arange(1, prefixes + 1, device=x.device)
-            scores = self._score(sums.flatten(0, 1), ends.repeat(len(x))).float()
-            losses = F.cross_entropy(scores, targets.repeat_interleave(prefixes), reduction="none")
+            before = self._score(sums.flatten(0, 1), ends.repeat(len(x)))
+            losses, _ = self._errors(before, targets.repeat_interleave(prefixes, dim=0))
             loss = (loss * len(x) + (losses.view_as(read) * read).sum()) / (len(x) + read.sum())
         if self.ranks is not None:  # all have the same loss; together they have its gradient once
             loss = self.ranks.whole(loss / self.ranks.size)
-        right = (logits.detach().argmax(-1) == targets).sum()
-        return loss, {"accuracy": right / count.clamp(min=1), "count": count}
+        accuracy = {} if right is None else {"accuracy": right.sum() / count.clamp(min=1)}
+        return loss, {**accuracy, "count": count}
+
+    def _known(self, targets: Tensor) -> Tensor:
+        """(..., ) bool: which sequences have a label."""
+        return ~targets.isnan().all(-1) if targets.is_floating_point() else targets != IGNORED
+
+    def _errors(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Loss (n,) of each sequence from scores (n, labels), 0 where nothing is known, and how much of it is right."""
+        head, scores = self.config.head, scores.to(_wide_dtype(scores))
+        weights = scores.new_tensor(head.class_weights) if head.class_weights else None
+        if head.targets == "single":
+            errors = F.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="none")
+            if weights is not None:
+                errors = errors * weights[targets.clamp(min=0)]
+            return errors, scores.detach().argmax(-1) == targets
+        known = ~targets.isnan()
+        targets = targets.nan_to_num().to(scores.dtype)
+        if head.targets == "multi":
+            errors = F.binary_cross_entropy_with_logits(scores, targets, pos_weight=weights, reduction="none")
+            right = (scores.detach() > 0) == (targets > 0.5)
+        else:
+            mean, deviation = scores.new_tensor(head.scale).T if head.scale else (0.0, 1.0)
+            errors, right = (scores - (targets - mean) / deviation).square(), None
+        labels = known.sum(-1).clamp(min=1)
+        return (errors * known).sum(-1) / labels, None if right is None else (right & known).sum(-1) / labels
 
     def terms(self, batch: dict[str, Tensor]) -> Tensor:
         """Sequences, and the prefixes of them that are supervised too."""
-        return (batch["targets"] != IGNORED).sum() + self._supervised(batch).sum()
+        return self._known(batch["targets"]).sum() + self._supervised(batch).sum()
 
     def _supervised(self, batch: dict[str, Tensor]) -> Tensor:
         """(b, prefixes) bool: which prefixes of the padded rows are real, and classified too while training."""

@@ -1,0 +1,329 @@
+"""`longseq dna data`: public data sets by name, downloaded with checksums, and what a data set of any kind holds."""
+
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seqmodels.checkpoint import read_json
+from seqmodels.errors import InputError
+from seqmodels.files import make_folder, write_json
+from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, splits_of
+from seqmodels.tasks.genomics.table import aligned
+from seqmodels.tasks.genomics.tokens import N, reverse_complement
+
+SOURCE = "source.json"  # of a download: where each file came from, and its SHA-256
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task as published."""
+
+    classes: int
+    "Number of classes."
+    bases: str
+    "Length of the sequences."
+    metric: str
+    "What the benchmark's tables show."
+    records: tuple[int, ...] = ()
+    "Records of each of its splits, where they have been counted."
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Tasks that are published together."""
+
+    what: str
+    "The work, and its reference."
+    home: str
+    "Where it is downloaded: zenodo:<record>, hub:<repository> or a URL."
+    splits: tuple[str, ...]
+    "Its official splits."
+    tasks: dict[str, Task]
+    "Tasks by name."
+
+
+def _tasks(names: str, *fields: Any) -> dict[str, Task]:
+    return {name: Task(*fields) for name in names.split()}
+
+
+_SHARED = {
+    **_tasks("promoter_all promoter_no_tata promoter_tata", 2, "300", "F1"),
+    **_tasks("enhancers", 2, "200", "MCC"),
+    **_tasks("enhancers_types", 3, "200", "MCC"),
+    **_tasks("splice_sites_all", 3, "400", "accuracy"),
+    **_tasks("splice_sites_acceptors splice_sites_donors", 2, "600", "F1"),
+}
+COLLECTIONS = {
+    "genomic-benchmarks": Collection(
+        "Genomic Benchmarks 1.0 (Gresova et al., 2023)",
+        "zenodo:16605299",
+        ("train", "test"),
+        {
+            "dummy_mouse_enhancers_ensembl": Task(2, "331-4776", "accuracy", (968, 242)),
+            "demo_coding_vs_intergenomic_seqs": Task(2, "200", "accuracy", (75000, 25000)),
+            "demo_human_or_worm": Task(2, "200", "accuracy", (75000, 25000)),
+            "human_enhancers_cohn": Task(2, "500", "accuracy", (20843, 6948)),
+            "human_enhancers_ensembl": Task(2, "2-573", "accuracy", (123872, 30970)),
+            "human_ensembl_regulatory": Task(3, "71-802", "accuracy", (231348, 57713)),
+            "human_nontata_promoters": Task(2, "251", "accuracy", (27097, 9034)),
+            "human_ocr_ensembl": Task(2, "71-593", "accuracy", (139804, 34952)),
+            "drosophila_enhancers_stark": Task(2, "236-3237", "accuracy", (5184, 1730)),
+        },
+    ),
+    "nt": Collection(
+        "Nucleotide Transformer, 18 tasks, as of its preprint (Dalla-Torre et al., 2023)",
+        "hub:InstaDeepAI/nucleotide_transformer_downstream_tasks",
+        ("train", "test"),
+        {
+            **_tasks("H3 H3K14ac H3K36me3 H3K4me1 H3K4me2 H3K4me3 H3K79me3 H3K9ac H4 H4ac", 2, "500", "MCC"),
+            **_SHARED,
+        },
+    ),
+    "nt-revised": Collection(
+        "Nucleotide Transformer, 18 tasks, revised (Dalla-Torre et al., 2024); other data than nt, not comparable",
+        "hub:InstaDeepAI/nucleotide_transformer_downstream_tasks_revised",
+        ("train", "test"),
+        {
+            **_tasks(
+                "H2AFZ H3K27ac H3K27me3 H3K36me3 H3K4me1 H3K4me2 H3K4me3 H3K9ac H3K9me3 H4K20me1", 2, "1000", "MCC"
+            ),
+            **{name: Task(task.classes, "-", "MCC") for name, task in _SHARED.items()},
+        },
+    ),
+    "gue": Collection(
+        "Genome Understanding Evaluation, 28 tasks (DNABERT-2; Zhou et al., 2024); one archive for all",
+        "https://drive.usercontent.google.com/download?id=1uOrwlf07qGQuruXqGXWMpPn8avBoW7T-&export=download&confirm=t",
+        ("train", "dev", "test"),
+        {
+            **{f"EMP/{name}": task for name, task in _tasks(
+                "H3 H3K14ac H3K36me3 H3K4me1 H3K4me2 H3K4me3 H3K79me3 H3K9ac H4 H4ac", 2, "500", "MCC"
+            ).items()},
+            "mouse/0": Task(2, "101", "MCC", (6478, 810, 810)),
+            "mouse/1": Task(2, "101", "MCC"),
+            "mouse/2": Task(2, "101", "MCC", (2620, 328, 328)),
+            "mouse/3": Task(2, "101", "MCC"),
+            "mouse/4": Task(2, "101", "MCC", (15064, 1883, 1883)),
+            "prom/prom_300_all": Task(2, "300", "MCC"),
+            "prom/prom_300_notata": Task(2, "300", "MCC"),
+            "prom/prom_300_tata": Task(2, "300", "MCC"),
+            "prom/prom_core_all": Task(2, "70", "MCC", (47356, 5920, 5920)),
+            "prom/prom_core_notata": Task(2, "70", "MCC"),
+            "prom/prom_core_tata": Task(2, "70", "MCC", (4904, 613, 613)),
+            "splice/reconstructed": Task(3, "400", "MCC"),
+            "tf/0": Task(2, "101", "MCC", (32378, 1000, 1000)),
+            "tf/1": Task(2, "101", "MCC", (30672, 1000, 1000)),
+            "tf/2": Task(2, "101", "MCC", (19000, 1000, 1000)),
+            "tf/3": Task(2, "101", "MCC"),
+            "tf/4": Task(2, "101", "MCC", (19000, 1000, 1000)),
+            "virus/covid": Task(9, "1000", "F1"),
+        },
+    ),
+}  # fmt: skip
+
+
+def data(words: list[str], pin: Path | None = None, quiet: bool = False) -> int:
+    """Public data sets by name, and what is in a data set.
+
+        longseq dna data list                                          names, sizes, metrics, where from
+        longseq dna data get genomic-benchmarks/human_enhancers_cohn D    download one task to the folder D/...
+        longseq dna data get gue D                                     or all tasks of a collection
+        longseq dna data info D/gue/tf/0                               what `dna train` would read there
+
+    A download keeps the official split and file format, and dna train and dna evaluate read it as it is. Zenodo and
+    the Hugging Face hub publish checksums, against which files are checked. Google Drive (GUE) does not. The file
+    source.json in the folder has every file's SHA-256: keep it, and --pin makes sure that another download is the same.
+
+    info tells the records per split and class, their lengths, and how many sequences of dev and test are in train, too
+    (or are the other strand of one that is). It knows every kind of data that dna train reads; those without a download
+    here, too, such as the UCI repository's splice.data.
+
+    Args:
+        words: list; get NAME FOLDER; or info PATH...
+        pin: source.json of an earlier download, whose files these must be.
+        quiet: No progress on a terminal.
+
+    Returns:
+        0.
+    """
+    action, *rest = words
+    if action == "list" and not rest:
+        print(_listed())
+    elif action == "get" and len(rest) == 2:
+        get(rest[0], Path(rest[1]), pin, quiet)
+    elif action == "info" and rest:
+        for path in rest:
+            print(_described(Path(path)))
+    else:
+        raise InputError(f"'dna data {' '.join(words)}' is not list, get NAME FOLDER, or info PATH; see --help")
+    return 0
+
+
+def _listed() -> str:
+    parts = []
+    for name, collection in COLLECTIONS.items():
+        rows = []
+        for task, facts in collection.tasks.items():
+            row = {"name": f"{name}/{task}", "classes": facts.classes, "bases": facts.bases, "metric": facts.metric}
+            rows.append(row | dict(zip(collection.splits, facts.records or ["-"] * 3, strict=False)))
+        parts += [collection.what, aligned(rows, [*rows[0]]), f"from {collection.home}", ""]
+    return "\n".join(parts).rstrip()
+
+
+def get(name: str, folder: Path, pin: Path | None = None, quiet: bool = False) -> Path:
+    """Download a task, or all of a collection, to folder/collection/task; what is there already is left alone."""
+    group, _, task = name.partition("/")
+    if group not in COLLECTIONS or (task and task not in COLLECTIONS[group].tasks):
+        known = COLLECTIONS[group].tasks if group in COLLECTIONS else COLLECTIONS
+        raise InputError(f"{name!r} is no data set here; known are {', '.join(known)} (longseq dna data list)")
+    collection, place = COLLECTIONS[group], folder / group
+    pinned = read_json(pin).get("files", {}) if pin is not None else {}
+    kind, _, where = collection.home.partition(":")
+    wanted = [task] if task else list(collection.tasks)
+    if kind not in ("zenodo", "hub"):  # one archive for all
+        if task:
+            print(f"{group} comes as one archive: all of its tasks are downloaded", file=sys.stderr)
+        wanted = [""]
+    for one in wanted:
+        target = place / one if one else place
+        if (target / SOURCE).exists():
+            print(f"{target} is there already", file=sys.stderr)
+            continue
+        if kind == "zenodo":
+            files = _on_zenodo(where, f"{one}_v0.zip")
+        elif kind == "hub":
+            files = _on_hub(where, one)
+        else:
+            files = [Remote(collection.home, f"{group}.zip", None)]
+        _download(files, target, pinned, quiet)
+        print(target)
+    return place / task
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file to download."""
+
+    url: str
+    "Its address."
+    name: str
+    "Its name here."
+    checksum: str | None
+    "What its home publishes: sha256:... or md5:..., or nothing."
+
+
+def _on_zenodo(record: str, name: str) -> list[Remote]:
+    import pooch
+
+    doi = f"doi:10.5281/zenodo.{record}/"
+    registry = pooch.create(path=pooch.os_cache("longseq"), base_url=doi, registry=None)
+    try:
+        registry.load_registry_from_doi()  # with the checksums that Zenodo publishes
+    except Exception as error:  # whatever the network says
+        raise InputError(f"cannot reach {doi}: {_first_line(error)}; try again, or download by hand") from None
+    if name not in registry.registry:
+        raise InputError(f"{doi} has no file {name}; it may have moved, see longseq dna data list")
+    return [Remote(f"{doi}{name}", name, registry.registry[name])]
+
+
+def _on_hub(repository: str, task: str) -> list[Remote]:
+    from huggingface_hub import HfApi, hf_hub_url
+
+    try:
+        api = HfApi()
+        revision = api.repo_info(repository, repo_type="dataset").sha
+        found = list(api.list_repo_tree(repository, task, repo_type="dataset", revision=revision))
+    except Exception as error:  # whatever the network says
+        raise InputError(f"cannot reach {repository}: {_first_line(error)}; try again, or download by hand") from None
+    files = []
+    for entry in found:
+        if not entry.path.endswith("/"):
+            url = hf_hub_url(repository, entry.path, repo_type="dataset", revision=revision)
+            large = getattr(entry, "lfs", None)  # files of the large file storage have a SHA-256
+            files.append(Remote(url, Path(entry.path).name, f"sha256:{large.sha256}" if large else None))
+    return files
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _download(files: list[Remote], target: Path, pinned: dict[str, Any], quiet: bool) -> None:
+    """Downloads, checks and unpacks to `target`, which appears when it is whole."""
+    import pooch
+
+    temporary = target.with_name(f".{target.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    make_folder(temporary)
+    sources = {}
+    pooch.get_logger().setLevel("WARNING")
+    try:
+        for file in files:
+            bar = not quiet and sys.stderr.isatty()
+            try:
+                path = Path(pooch.retrieve(file.url, file.checksum, file.name, temporary, progressbar=bar))
+            except ValueError as error:  # a checksum that differs
+                raise InputError(f"{file.url}: {_first_line(error)}; download it again") from None
+            except Exception as error:  # whatever the network says
+                raise InputError(f"cannot download {file.url}: {_first_line(error)}; try again") from None
+            digest = pooch.file_hash(str(path))
+            if pinned and pinned.get(file.name, {}).get("sha256") != digest:
+                expected = pinned.get(file.name, {}).get("sha256", "nothing of that name")
+                raise InputError(f"{file.name} has SHA-256 {digest}, but the pin says {expected}")
+            sources[file.name] = {"url": file.url, "sha256": digest, "published": file.checksum}
+            if path.suffix == ".zip":
+                _unpack(path, temporary)
+        write_json(temporary / SOURCE, {"files": sources})
+        if target.exists():
+            raise InputError(f"{target} is there, but was not downloaded by this command; give another folder")
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """The files of an archive in `folder`, without the one folder that may hold all of them; the archive goes."""
+    inside = folder / ".inside"
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(inside)  # which keeps names with .. inside
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"{archive.name} is not a whole zip archive ({error}); download it again") from None
+    entries = [path for path in inside.iterdir() if path.name not in ("__MACOSX", ".DS_Store")]
+    root = entries[0] if len(entries) == 1 and entries[0].is_dir() else inside
+    for path in list(root.iterdir()):
+        path.rename(folder / path.name)
+    shutil.rmtree(inside)
+    archive.unlink()
+
+
+def _described(path: Path) -> str:
+    """What is in a data set: a row per split, and how the classes share it."""
+    rows, counts = [], []
+    seen: set[bytes] = set()
+    for name, records in _splits(path):
+        texts = [min(tokens.tobytes(), reverse_complement(tokens).tobytes()) for tokens in records.tokens]
+        own, lengths = set(texts), [len(tokens) for tokens in records.tokens]
+        unknown = sum(int((tokens == N).sum()) for tokens in records.tokens) / sum(lengths)
+        row = {"split": name or "all", "records": len(texts), "shortest": min(lengths)}
+        row |= {"median": int(np.median(lengths)), "longest": max(lengths), "N": f"{unknown:.4%}"}
+        row |= {"repeated": len(texts) - len(own), "in train": sum(text in seen for text in texts) if seen else "-"}
+        rows.append(row)
+        per_class = np.bincount(records.labels, minlength=len(records.classes))
+        counts.append({"split": name or "all", **dict(zip(records.classes, per_class.tolist(), strict=True))})
+        seen = own if name == "train" else seen
+    shown = aligned(counts, [*counts[0]]) if len(counts[0]) <= 13 else f"{len(counts[0]) - 1} classes"
+    return f"{path}\n{aligned(rows, [*rows[0]])}\n{shown}"
+
+
+def _splits(path: Path) -> Iterator[tuple[str | None, LabelledRecords]]:
+    classes = None
+    for name in splits_of(path) or (None,):
+        records = load_labelled(path, split=name, classes=classes)
+        classes = records.classes
+        yield name, records
