@@ -73,7 +73,7 @@ def read(folder: Path, values: dict[str, Any], around: dict[str, Any]) -> tuple[
     size = -(-get("vocab_size") // multiple) * multiple
     tensors, maps = _renamed(read_tensors(folder))
     _untie(tensors, tied, folder)
-    complement_map = _complement_map(values.get("complement_map"), maps, size, folder)
+    complement_map = _complement_map(_object(values, "complement_map", where), maps, size, folder)
     tie_embeddings = "lm_head.weight" not in tensors
     if both and values.get("fused_add_norm", True):
         tensors = exchanged(tensors, tied)
@@ -82,7 +82,7 @@ def read(folder: Path, values: dict[str, Any], around: dict[str, Any]) -> tuple[
             tensors |= _reversed_end(tensors, torch.tensor(complement_map))
     strands = StrandsConfig(complement_map=complement_map) if both else None
     if (score := tensors.get("score.weight")) is not None and score.dim() == 2:
-        names = values.get("id2label") or {}
+        names = _object(values, "id2label", where)
         head = HeadConfig(task="sequence", labels=tuple(names.get(str(i), str(i)) for i in range(len(score))))
         tensors.pop("lm_head.weight", None)
         tensors.setdefault("score.bias", score.new_zeros(len(score)))
@@ -109,6 +109,14 @@ def read(folder: Path, values: dict[str, Any], around: dict[str, Any]) -> tuple[
         tokenizer=TOKENIZER if known else {},
     )
     return config, tensors
+
+
+def _object(values: dict[str, Any], field: str, where: Path) -> dict[str, Any]:
+    """A field of a configuration that is an object, or null."""
+    value = values.get(field)
+    if not isinstance(value, dict | None):
+        raise InputError(f"{where}: {field} is {value!r}; expected an object")
+    return value or {}
 
 
 def _renamed(tensors: Tensors) -> tuple[Tensors, list[Tensor]]:
@@ -154,15 +162,19 @@ def _untie(tensors: Tensors, tied: bool, folder: Path) -> None:
             )
 
 
-def _complement_map(given: Any, maps: list[Tensor], size: int, folder: Path) -> tuple[int, ...]:
+def _complement_map(given: dict[str, Any], maps: list[Tensor], size: int, folder: Path) -> tuple[int, ...]:
     """The complement of each id: as in the tensors, which their models use; else as in config.json; else as usual."""
     if any(not torch.equal(one, maps[0]) for one in maps):
         raise InputError(f"{folder}: the complement maps of embedding and head differ; fetch the checkpoint again")
     if maps:
-        return tuple(maps[0].long().flatten().tolist())
-    if given:
-        return tuple(int(given.get(str(i), i)) for i in range(size))
-    return COMPLEMENT_MAP if size == len(COMPLEMENT_MAP) else tuple(range(size))
+        ids = tuple(maps[0].flatten().tolist())
+    elif given:
+        ids = tuple(given.get(str(i), i) for i in range(size))
+    else:
+        ids = COMPLEMENT_MAP if size == len(COMPLEMENT_MAP) else tuple(range(size))
+    if len(ids) != size or any(type(i) is not int or not 0 <= i < size for i in ids):
+        raise InputError(f"{folder}: complement_map is {list(ids)}; expected an id for each of {size}")
+    return ids
 
 
 def exchanged(tensors: Tensors, tied: bool) -> Tensors:

@@ -6,6 +6,8 @@ loader.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,10 @@ def load(
     """
     folder = resolve(path_or_name)
     config, tensors = read(folder)
+    with _as_said(folder), torch.device("meta"):  # no memory for what config.json makes too large
+        check(build(config), tensors, folder)
     model = build(config)
-    fill(model, tensors, folder)
+    fill(model, tensors)
     return model.to(device=device, dtype=dtype or torch.float32).eval()
 
 
@@ -63,9 +67,22 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
     values = read_json(folder / "config.json")
     if values.get("format") != FORMAT:
-        config, tensors = interop.read(folder, values)
-        return from_dict(to_dict(config), f"{folder / 'config.json'}: in our terms, model"), tensors
+        with _as_said(folder):
+            config, tensors = interop.read(folder, values)
+            return from_dict(to_dict(config), f"{folder / 'config.json'}: in our terms, model"), tensors
     return from_dict(values.get("model"), f"{folder / 'config.json'}: model"), read_tensors(folder)
+
+
+@contextmanager
+def _as_said(folder: Path) -> Iterator[None]:
+    """Where what config.json says makes no model, it is the file that is refused."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{folder / 'config.json'}: no model can be built as it says ({reason}); correct it") from None
 
 
 def choose_device(name: str) -> torch.device:
@@ -141,8 +158,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: not a readable safetensors file ({error}); fetch the checkpoint again") from None
 
 
-def fill(model: Model, tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy tensors into a model; a missing, surplus or wrong-shaped one is refused by name."""
+def check(model: Model, tensors: dict[str, Tensor], source: Path) -> None:
+    """Refuses by name a tensor of a model that is missing, surplus or of another shape."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owned = dict(model.named_parameters())
     if missing := sorted(owned.keys() - tensors.keys()):
@@ -155,8 +172,12 @@ def fill(model: Model, tensors: dict[str, Tensor], source: Path) -> None:
         if tensor.shape != parameters[name].shape:
             found, wanted = tuple(tensor.shape), tuple(parameters[name].shape)
             raise InputError(f"{source}: tensor {name} has shape {found}; config.json makes it {wanted}")
+
+
+def fill(model: Model, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors into a model, of which `check` has approved."""
     with torch.no_grad():
-        for name, parameter in owned.items():
+        for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
 
 

@@ -145,7 +145,10 @@ _SSM_NAMES = {"headdim": "head_dim", "ngroups": "n_groups", "rmsnorm": "gated_no
 
 def ssm_mixer(values: dict[str, Any], where: Path) -> MambaConfig | Mamba2Config:
     """The mixer that ssm_cfg describes."""
-    width, ssm = values["d_model"], dict(values.get("ssm_cfg") or {})
+    width, ssm = values["d_model"], values.get("ssm_cfg") or {}
+    if not isinstance(ssm, dict):
+        raise InputError(f"{where}: ssm_cfg is {ssm!r}; expected an object")
+    ssm = dict(ssm)
     layer = ssm.pop("layer", "Mamba1")
     ignored = {"use_fast_path", "dt_init", "dt_scale", "activation", "use_mem_eff_path", "A_init_range"}
     classes: dict[str, type[MambaConfig] | type[Mamba2Config]] = {"Mamba1": MambaConfig, "Mamba2": Mamba2Config}
@@ -158,8 +161,6 @@ def ssm_mixer(values: dict[str, Any], where: Path) -> MambaConfig | Mamba2Config
         name = _SSM_NAMES.get(key, key)
         if key == "dt_rank":
             fields[name] = None if value == "auto" else value
-        elif key == "dt_limit":
-            fields[name] = tuple(map(float, value))
         elif name in known:
             fields[name] = value
         elif key not in ignored and not (key == "d_ssm" and value in (None, ssm.get("expand", 2) * width)):

@@ -300,6 +300,10 @@ def test_tied_tensors_are_found_under_either_name_and_stray_ones_refused(tmp_pat
         ({"n_layer": 3}, r"layers\.2\.\S+ is missing"),
         ({"norm_epsilon": []}, r"norm_epsilon is \[\]; expected a number"),
         ({"ssm_cfg": {"d_state": "many"}}, "d_state is 'many'; expected int"),
+        ({"ssm_cfg": 3}, "ssm_cfg is 3; expected an object"),
+        ({"ssm_cfg": {"expand": -1}}, "no model can be built as it says"),
+        ({"d_model": 10**6}, r"has shape \(16, 16\); config.json makes it \(16, 1000000\)"),  # and takes no memory
+        ({"complement_map": ["A", "T"]}, "complement_map is .*; expected an object"),
         ({"ssm_cfg": {"d_state": 8}}, r"A_log has shape \(32, 4\); config.json makes it \(32, 8\)"),
     ],
 )

@@ -229,3 +229,33 @@ def test_what_both_strands_cannot_do_is_told():
         check_shareable(model)
     with pytest.raises(InputError, match="cannot read in chunks"):
         build("mamba", "sequence").read(bases(1, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mixer", [MambaConfig(), Mamba2Config(d_state=64)])
+def test_on_a_gpu_both_strands_are_those_of_float64_and_agree(mixer, dtype):
+    head = HeadConfig(task="sequence", labels=LABELS)
+    config = ModelConfig(vocab_size=12, backbone=caduceus(64, 4, complement_map=MAP, mixer=mixer), head=head)
+    model, ids = seqmodels.build(config, seed=0).to("cuda", dtype).eval(), bases(2, 3000)
+    exact = seqmodels.build(config, seed=0).to(dtype).double().eval()
+    narrow = seqmodels.build(config, seed=0).to(dtype).eval()  # the same mathematics on a CPU
+    lengths = torch.tensor([3000, 1234])
+    with torch.no_grad():
+        want = exact(ids, lengths=lengths)
+        allowed = 2 * (narrow(ids, lengths=lengths).double() - want).norm() + 1e-5 * want.norm()
+        found = model(ids.cuda(), lengths=lengths.cuda()).cpu().double()
+        assert (found - want).norm() <= allowed
+        alone = torch.cat([model(rc(ids[i : i + 1, :n]).cuda()) for i, n in enumerate(lengths)]).cpu().double()
+        assert (alone - want).norm() <= allowed
+        swept = model.pool(two_sweeps(model.backbone, ids[:1].to(torch.uint8), chunk=700))
+        assert (model.classify(swept).cpu().double() - want[:1]).norm() <= allowed
+    gradients = []
+    for network, given in ((exact, ids), (model, ids.cuda()), (model, rc(ids).cuda())):
+        network.zero_grad()
+        network.loss({"ids": given, "targets": torch.tensor([0, 2], device=given.device)})[0].backward()
+        gradients.append(torch.cat([p.grad.flatten().cpu().double() for p in network.parameters()]))
+    bound = (0.05 if dtype == torch.bfloat16 else 1e-3) * gradients[0].norm()
+    assert (gradients[1] - gradients[0]).norm() <= bound
+    assert (gradients[2] - gradients[0]).norm() <= bound
