@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seqmodels.kernels.packing import starts_of_sequences
+from seqmodels.kernels.split import room
 
 
 class Exchange(NamedTuple):
@@ -99,7 +100,10 @@ def windows(
     rows = torch.arange(reach, device=x.device)
     end = torch.full((b,), l, device=x.device) if lengths is None else lengths
     index = end[:, None] - reach + rows  # (b, reach); negative before the stretch
+    place = room(x)
     x, tail = _Rows.apply(x, index.clamp(min=0)[..., None].expand(-1, -1, d))
+    if place is not None:  # its gradient passes as it is
+        x.gradient_room = place
     own = end.clamp(max=reach)  # rows that the stretch decides itself
     valid = index >= 0
     if seq_idx is not None:

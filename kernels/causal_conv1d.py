@@ -18,6 +18,7 @@ from torch import Tensor
 from seqmodels.kernels.direct import direct
 from seqmodels.kernels.dispatch import triton_form
 from seqmodels.kernels.packing import starts_of_sequences
+from seqmodels.kernels.split import room
 
 _ELEMENTS_PER_PASS = 2**17  # what a pass over time handles together on a CPU: what fits the cache
 
@@ -221,10 +222,12 @@ _conv_backward = torch.library.custom_op("longseq::causal_conv1d_backward", muta
 
 
 @_conv_backward.register_kernel("cuda")
-def _conv_backward_anywhere(dy, dfinal, x, weight, bias, initial_state, run, silu):
+def _conv_backward_anywhere(dy, dfinal, x, weight, bias, initial_state, run, silu, place=None):
     form = triton_form("causal_conv1d", x)
-    backward = _conv_backward_in_torch if form is None else form.backward
-    return backward(dy, dfinal, x, weight, bias, initial_state, run, silu)
+    if form is None:
+        return _conv_backward_in_torch(dy, dfinal, x, weight, bias, initial_state, run, silu)
+    dx = None if place is None else place.take()
+    return form.backward(dy, dfinal, x, weight, bias, initial_state, run, silu, dx)
 
 
 @_conv_backward.register_fake
@@ -237,6 +240,7 @@ def _(dy, dfinal, x, weight, bias, initial_state, run, silu):
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, initial_state, run, ctx.silu = inputs
+    ctx.place = room(x)
     ctx.save_for_backward(x, weight, bias, initial_state, run)
     ctx.set_materialize_grads(False)  # a final state that nobody uses has no gradient to add
 
@@ -244,7 +248,8 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy, dfinal, backward=_conv_backward):
     x, weight, bias, initial_state, run = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, dweight, dbias, dinitial = backward(dy, dfinal, x, weight, bias, initial_state, run, ctx.silu)
+    place = () if backward is _conv_backward else (ctx.place,)
+    dx, dweight, dbias, dinitial = backward(dy, dfinal, x, weight, bias, initial_state, run, ctx.silu, *place)
     return (
         dx, dweight, None if bias is None else dbias.to(bias.dtype),
         None if initial_state is None else dinitial.to(initial_state.dtype), None, None,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from seqmodels.kernels.direct import direct
 from seqmodels.kernels.dispatch import triton_form
+from seqmodels.kernels.split import room
 
 # What a pass over rows handles together on a CPU, in elements: what fits the cache. And up to how many elements the
 # operator's own overhead (some 30 microseconds) would show, as in a decoding step.
@@ -207,11 +208,13 @@ _rms_norm_backward = torch.library.custom_op("longseq::rms_norm_backward", mutat
 
 @_rms_norm_backward.register_kernel("cuda")
 def _rms_norm_backward_anywhere(
-    dy, dtotal, v, weight, bias, z, epsilon, norm_before_gate, groups, x_dtype, residual_dtype
+    dy, dtotal, v, weight, bias, z, epsilon, norm_before_gate, groups, x_dtype, residual_dtype, place=None
 ):
     arguments = dy, dtotal, v, weight, bias, z, epsilon, norm_before_gate, groups, x_dtype, residual_dtype
     form = triton_form("rms_norm", v)
-    return _rms_norm_backward_in_torch(*arguments) if form is None else form.backward(*arguments)
+    if form is None:
+        return _rms_norm_backward_in_torch(*arguments)
+    return form.backward(*arguments, None if place is None else place.take())
 
 
 @_rms_norm_backward.register_fake
@@ -249,6 +252,7 @@ def _gradient_of_rows(dy, v, weight, bias, z, epsilon, norm_before_gate, groups,
 def _setup_context(ctx, inputs, output):
     x, weight, bias, z, residual, ctx.epsilon, ctx.norm_before_gate, ctx.groups, _ = inputs
     ctx.x_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
+    ctx.place = room(z)
     ctx.save_for_backward(x if residual is None else output[1], weight, bias, z)
     ctx.set_materialize_grads(False)  # a sum that nobody uses has no gradient to add
 
@@ -257,10 +261,11 @@ def _autograd(ctx, dy, dtotal, backward=_rms_norm_backward):
     v, weight, bias, z = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros(v.shape, dtype=ctx.x_dtype, device=v.device)
+    place = () if backward is _rms_norm_backward else (ctx.place,)
     alike = ctx.residual_dtype in (None, ctx.x_dtype)  # then x and residual have one gradient
     dx, dresidual, dweight, dbias, dz = backward(
         dy, None if ctx.residual_dtype is None else dtotal, v, weight, bias, z, ctx.epsilon, ctx.norm_before_gate,
-        ctx.groups, ctx.x_dtype, None if alike else ctx.residual_dtype,
+        ctx.groups, ctx.x_dtype, None if alike else ctx.residual_dtype, *place,
     )  # fmt: skip
     return (
         dx, dweight, None if bias is None else dbias.to(bias.dtype), None if z is None else dz,

@@ -30,6 +30,7 @@ from seqmodels.kernels.layer_step import mamba2_layer_step, mamba_layer_step
 from seqmodels.kernels.packing import starts_of_sequences
 from seqmodels.kernels.rms_norm import rms_norm
 from seqmodels.kernels.selective_scan import selective_scan, selective_scan_step
+from seqmodels.kernels.split import split
 from seqmodels.kernels.ssd import ssd, ssd_step
 from seqmodels.recompute import forgotten
 
@@ -95,7 +96,7 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, SSMState]:
         """(b, l, d) -> (b, l, d) and the state after the last real step."""
         n = self.config.d_state
-        before, z = self.in_proj(x).chunk(2, -1)
+        before, z = split(self.in_proj(x), [self.in_proj.out_features // 2] * 2)
         exchange = None if self.ranks is None else self.ranks.exchange(lengths, seq_idx)
         one_step = exchange is None and _is_step(x, state, lengths, seq_idx)
         A = -_wide(self.A_log).exp()
@@ -172,7 +173,7 @@ class Mamba2(nn.Module):
             return self._compiled_step(x, state)
         inner = self.splits[0]
         g, n = config.n_groups, config.d_state
-        z, before, dt = self.in_proj(x).split(self.splits, -1)
+        z, before, dt = split(self.in_proj(x), self.splits)
         A, bias, D = -_wide(self.A_log).exp(), _wide(self.dt_bias), _wide(self.D)
         D = D.view(-1, config.head_dim) if config.D_has_head_dim else D
         with forgotten(self.forgetful) as forget:

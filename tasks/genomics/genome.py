@@ -18,7 +18,7 @@ import numpy as np
 from seqmodels.errors import InputError
 from seqmodels.files import make_folder, replacing, write_json
 from seqmodels.tasks.genomics.fasta import FastaReader
-from seqmodels.tasks.genomics.tokens import SOFT_MASKED, N, Tokens
+from seqmodels.tasks.genomics.tokens import N, Tokens
 
 _BASES = np.uint8(0x0F)
 
