@@ -19,6 +19,7 @@ COMMANDS = {
         "classify": "seqmodels.tasks.genomics.classify",
         "data": "seqmodels.tasks.genomics.public",
         "evaluate": "seqmodels.tasks.genomics.evaluate",
+        "pretrain": "seqmodels.tasks.genomics.pretrain",
         "train": "seqmodels.tasks.genomics.train",
     },
     "audio": {
@@ -33,6 +34,7 @@ USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help ex
   longseq dna classify FILE...        label the records of FASTA files: a table, one row per record
   longseq dna data list|get|info      public data sets by name, and what a data set holds
   longseq dna evaluate MODEL --data D accuracy and more on labelled data
+  longseq dna pretrain GENOME... RUN  train a model to predict bases, without labels
   longseq dna train DATA RUN          train a classifier on your own data
   longseq audio generate --prompt P   make sound from a label or the start of a recording
   longseq audio evaluate DATA         bits per sample of recordings

@@ -198,6 +198,14 @@ def _augmented(tokens: Tokens, augment: bool, rng: np.random.Generator) -> Token
     return reverse_complement(tokens) if augment and rng.random() < 0.5 else tokens
 
 
+def warmed_up_length(step: int, longest: int, warmup: int) -> int:
+    """Length of windows at a batch: SHORTEST at first, doubling in equal intervals up to `longest` at `warmup`."""
+    if step >= warmup:
+        return longest
+    doublings = max(0, math.ceil(math.log2(longest / SHORTEST)))
+    return min(longest, SHORTEST << (step * doublings // warmup))
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Bases start..end (from 0, end excluded) of a record."""
@@ -271,15 +279,8 @@ class WindowData:
     def _choose(self, step: int) -> tuple[int, int, np.random.Generator]:
         """Length and number of a batch's windows, and what draws them."""
         rng = np.random.default_rng((self.seed, 1, step))
-        length = min(int(rng.choice(self.lengths)), self._longest(step))
+        length = min(int(rng.choice(self.lengths)), warmed_up_length(step, max(self.lengths), self.length_warmup))
         return length, max(1, self.batch_tokens // length), rng
-
-    def _longest(self, step: int) -> int:
-        longest = max(self.lengths)
-        if step >= self.length_warmup:
-            return longest
-        doublings = max(0, math.ceil(math.log2(longest / SHORTEST)))
-        return min(longest, SHORTEST << (step * doublings // self.length_warmup))
 
     def _draw(self, label: int, length: int, rng: np.random.Generator, tries: int = 10) -> Tokens:
         stretches = [s for s in self.training if self.records.labels[s.record] == label and len(s) >= length]

@@ -45,11 +45,13 @@ class Genome:
 
     def bases(self, record: int, start: int, end: int) -> Tokens:
         """Tokens (end - start,) of the record without flags, N where they lie outside of it."""
-        inside = self.coded_bases(record, max(0, start), min(end, self.length(record))) & _BASES
+        first, last = max(0, start), min(end, self.length(record))
+        inside = self.coded_bases(record, first, max(first, last)) & _BASES
         if len(inside) == end - start:
             return inside
         whole = np.full(end - start, N, dtype=np.uint8)
-        whole[max(0, -start) :][: len(inside)] = inside
+        if len(inside):
+            whole[first - start : last - start] = inside
         return whole
 
 
@@ -67,7 +69,7 @@ def read_genome(files: Sequence[Path], folder: Path | None = None) -> Genome:
     made_of = _identity(files)
     try:
         known = json.loads(index.read_text(encoding="utf-8"))
-        if known["made_of"] == made_of and tokens.stat().st_size == known["starts"][-1]:
+        if made_of and known["made_of"] == made_of and tokens.stat().st_size == known["starts"][-1]:
             return Genome(tuple(known["names"]), tuple(known["starts"]), _mapped(tokens))
     except (OSError, ValueError, KeyError):
         pass  # not there, or not whole
@@ -80,7 +82,7 @@ def read_genome(files: Sequence[Path], folder: Path | None = None) -> Genome:
 
 
 def _identity(files: Sequence[Path]) -> str:
-    """What tells these files from others, and from themselves after a change."""
+    """What tells these files from others, and from themselves after a change; nothing for standard input."""
     try:
         parts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     except OSError:
@@ -111,5 +113,5 @@ def _write(files: Sequence[Path], file: BinaryIO) -> tuple[tuple[str, ...], tupl
 
 def _mapped(file: BinaryIO | Path) -> Tokens:
     if os.fstat(file.fileno()).st_size if not isinstance(file, Path) else file.stat().st_size:
-        return np.memmap(file, dtype=np.uint8, mode="r")
+        return np.memmap(file, dtype=np.uint8, mode="r").view(np.ndarray)
     return np.zeros(0, dtype=np.uint8)
