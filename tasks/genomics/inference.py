@@ -1,9 +1,10 @@
 """A classifier at work on tokens: batches of short records, and records of any length; on one device or on several."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from typing import Any, Literal, NamedTuple
@@ -79,6 +80,7 @@ class Classifier:
         self.name = model
         self.classes: tuple[str, ...] = config.head.labels
         self.causal: bool = self.model.causal
+        self.parts = 1  # in which a batch is read, since a whole one did not fit into memory
         self.batch_tokens = batch_tokens or (1 << 16 if on_cpu else 1 << 20)
         self.chunk = chunk or (1 << 14 if on_cpu else 1 << 20)
         self.reading, self.sharing = reading, sharing
@@ -97,6 +99,11 @@ class Classifier:
     def longest_batched(self) -> int:
         """Bases up to which records go through the model whole; `stream` is for longer ones."""
         return min(self.chunk, self.batch_tokens) if self.causal else self.batch_tokens
+
+    @property
+    def _smaller(self) -> str:
+        """What to do about a record that goes through the model whole and does not fit."""
+        return f"give a --{'chunk' if self.causal else 'batch-tokens'} below it"
 
     @property
     def facts(self) -> Facts:
@@ -139,18 +146,40 @@ class Classifier:
 
     @torch.inference_mode()
     def forward(self, sequences: list[Tokens]) -> Logits:
-        """Logits (b, classes) of whole sequences in one batch."""
+        """Logits (b, classes) of whole sequences in one batch, or in parts if that has not fitted into memory."""
+        while True:
+            size = -(-len(sequences) // self.parts)
+            with suppress(torch.OutOfMemoryError):
+                parts = [self._forward(sequences[i : i + size]) for i in range(0, len(sequences), size)]
+                return np.concatenate(parts)
+            if size == 1:
+                longest = max(map(len, sequences))
+                raise InputError(f"a record of {longest} bases does not fit into memory; {self._smaller}")
+            self.parts *= 2
+            print(f"out of memory: batches are read in {self.parts} parts from now on", file=sys.stderr)
+
+    def _forward(self, sequences: list[Tokens]) -> Logits:
         ids, lengths = (torch.from_numpy(a).to(self.device) for a in pad_right(sequences))
-        logits = self.model(ids, lengths=lengths)
-        return logits.float().cpu().numpy()
+        return self.model(ids, lengths=lengths).float().cpu().numpy()
 
     def _in_chunks(self, chunks: Iterable[Tokens]) -> Logits:
         """A chunk is fetched while the one before it is computed."""
         state = None
         for tokens in _one_ahead(_rechunked(chunks, self.chunk)):
-            ids = torch.from_numpy(tokens).to(self.device).long()
-            state = self.model.read(ids[None], state)
+            state = self._read(tokens, state)
         return self._logits(state)
+
+    def _read(self, tokens: Tokens, state: Any) -> Any:
+        """The state after a chunk, which is read in halves if it does not fit into memory."""
+        half = len(tokens) // 2
+        if len(tokens) <= self.chunk:
+            with suppress(torch.OutOfMemoryError):
+                return self.model.read(torch.from_numpy(tokens).to(self.device).long()[None], state)
+            if not half:
+                raise InputError("not even one base fits into memory beside the model; use another --device")
+            self.chunk = half
+            print(f"out of memory: chunks have {half} bases from now on", file=sys.stderr)
+        return self._read(tokens[half:], self._read(tokens[:half], state))
 
     def _logits(self, state: Any) -> Logits:
         return self.model.classify(state)[0].float().cpu().numpy()

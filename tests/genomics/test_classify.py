@@ -369,6 +369,39 @@ print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
+def scarce(monkeypatch, tokens):
+    """Memory for so many tokens at a time."""
+    plain, seen = torch.nn.Embedding.forward, []
+
+    def forward(self, ids):
+        if ids.numel() > tokens:
+            raise torch.OutOfMemoryError
+        seen.append(ids.numel())
+        return plain(self, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", forward)
+    return seen
+
+
+def test_out_of_memory_batches_and_chunks_are_cut_and_the_rows_are_the_same(tmp_path, model, monkeypatch, capsys):
+    text = fasta(40, 50, 60, 45, 1000, 55, 700)
+    _, want = run(tmp_path, text, model, batch_tokens=400, chunk=400)
+    seen = scarce(monkeypatch, 130)
+    code, got = run(tmp_path, text, model, batch_tokens=400, chunk=400)
+    assert code == 0
+    np.testing.assert_allclose(logits_of(got), logits_of(want), rtol=1e-4, atol=1e-5)
+    assert max(seen) <= 130
+    errors = capsys.readouterr().err
+    assert errors.count("out of memory: batches are read in 2 parts from now on") == 1
+    assert errors.count("out of memory: chunks have 100 bases from now on") == 1
+
+
+def test_a_record_that_does_not_fit_by_itself_is_told_the_way_out(tmp_path, model, monkeypatch):
+    scarce(monkeypatch, 130)
+    with pytest.raises(InputError, match="a record of 150 bases does not fit into memory; give a --chunk below it"):
+        Classifier(model, device="cpu").batch([encode(bases(0, 150).encode())])
+
+
 @pytest.mark.timeout(200)
 def test_five_million_bases_take_less_than_two_gigabytes(tmp_path, make_model):
     folder = make_model(d_model=8, n_layer=1, d_state=4)
