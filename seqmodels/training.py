@@ -55,6 +55,7 @@ from seqmodels.heads import Model, build
 from seqmodels.sequence_parallel import check_shareable, parallelise, split
 
 Batch = dict[str, Tensor]
+Tune = Literal["full", "head"]
 
 
 class TrainingData(Protocol):
@@ -145,10 +146,12 @@ def fit(
     *,
     card: str = "",
     start_from: str | None = None,
+    tune: Tune = "full",
 ) -> Path:
     """Train a model and return the folder run/model of the weights with the best validation loss (or the last).
 
-    `start_from` is a checkpoint (name or folder) whose tensors are taken over where name and shape agree.
+    `start_from` is a checkpoint (name or folder) whose tensors are taken over where name and shape agree. With `tune`
+    "head" the backbone stays as it is there, and only the head learns.
 
     The run folder also holds run.json (both configurations), logs/ (CSV and TensorBoard) and checkpoints/.
     """
@@ -160,9 +163,13 @@ def fit(
     model = build(config, seed=training.seed)
     if training.sequence_parallel > 1:
         check_shareable(model)
-    last = _prepare_run(config, training, run)
+    if tune == "head" and start_from is None:
+        raise InputError("tune='head' leaves the backbone as it is, which then has to come from start_from; name one")
+    last = _prepare_run(config, training, run, tune)
     if start_from is not None and last is None:
         _take_over(model, start_from)
+    if tune == "head":
+        model.backbone.requires_grad_(False)
     if training.recompute:
         one = training.devices * training.num_nodes == 1  # sharded or shared sequences are read in one stretch
         recompute_layers(model, training.recompute if one else 0)
@@ -254,9 +261,10 @@ def _strategy(training: TrainingConfig) -> Any:
     return "ddp" if world > 1 else "auto"
 
 
-def _prepare_run(config: ModelConfig, training: TrainingConfig, run: Path) -> Path | None:
+def _prepare_run(config: ModelConfig, training: TrainingConfig, run: Path, tune: Tune) -> Path | None:
     """Create the run folder, or check that the one to resume was started the same way; its last checkpoint if any."""
     settings = {"model": to_dict(config), "training": _settings(training)}
+    settings |= {} if tune == "full" else {"tune": tune}
     record, last = run / "run.json", run / "checkpoints" / "last.ckpt"
     if not first_process():
         return last if last.exists() else None
@@ -290,6 +298,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """AdamW's groups: no decay on A_log, D, dt biases, norms and biases, as in the papers' recipes."""
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # frozen
+            continue
         bare = name.endswith("A_log") or parameter.dim() < 2
         (plain if bare else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

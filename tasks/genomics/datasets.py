@@ -34,13 +34,14 @@ def parse_lengths(lengths: str | list[int] | None) -> list[int]:
     return numbers
 
 
-def to_batch(sequences: list[Tokens], labels: NDArray[np.int64]) -> Batch:
-    """Right-padded ids (b, l), lengths (b,) and targets (b,), all int64."""
+def to_batch(sequences: list[Tokens], labels: NDArray) -> Batch:
+    """Right-padded ids (b, l), lengths (b,) and targets (b,), all int64, or targets (b, labels) float32."""
     ids, lengths = pad_right(sequences)
+    targets = torch.from_numpy(labels)
     return {
         "ids": torch.from_numpy(ids),
         "lengths": torch.from_numpy(lengths),
-        "targets": torch.from_numpy(labels.astype(np.int64)),
+        "targets": targets if targets.is_floating_point() else targets.long(),
     }
 
 
@@ -55,12 +56,14 @@ def training_data(
     seed: int,
     length_warmup: int = 0,
     packed: bool = False,
+    validation: LabelledRecords | None = None,
 ) -> "RecordData | WindowData":
     """The batches of `records`: windows of long records, whole (or cropped) records otherwise.
 
     `length_warmup` is the number of batches over which windows grow to their length; `packed` is for whole records.
+    A part of the records is held out, unless others are given for `validation`.
     """
-    if len(records.classes) < 2:
+    if len(records.classes) < 2 and records.targets == "single":
         raise InputError(f"the data have one class only ({', '.join(records.classes)}); training needs two or more")
     if not 0 < validation_fraction < 1:
         raise InputError(f"validation_fraction is {validation_fraction}; give a number between 0 and 1")
@@ -76,6 +79,7 @@ def training_data(
             augment=augment,
             seed=seed,
             length_warmup=length_warmup,
+            validation=validation,
         )
     if length_warmup:
         raise InputError("length_warmup is for windows of long records; leave it out, or train on a folder of genomes")
@@ -87,6 +91,7 @@ def training_data(
         augment=augment,
         seed=seed,
         packed=packed,
+        validation=validation,
     )
 
 
@@ -110,10 +115,15 @@ class RecordData:
         augment: bool,
         seed: int,
         packed: bool = False,
+        validation: LabelledRecords | None = None,
     ):
         self.records, self.lengths, self.batch_tokens = records, lengths, batch_tokens
         self.augment, self.seed = augment, seed
-        self.training, self.validation = _split_by_class(records, validation_fraction, seed)
+        if validation is None:
+            self.training, held_out = _split_by_class(records, validation_fraction, seed)
+            self.held_out = records.take(held_out)
+        else:
+            self.training, self.held_out = np.arange(len(records.names)), validation
         longest = max(lengths, default=None)
         self._read = np.array([len(records.tokens[i][:longest]) for i in self.training])  # bases of each record
         self._buckets = buckets(self._read, batch_tokens)
@@ -149,9 +159,11 @@ class RecordData:
         if self._rows is None:
             return to_batch([sequence for (sequence,) in read], self.records.labels[np.concatenate(rows)])
         ids, lengths, seq_idx = pack(read, fill=PAD)
-        targets = torch.full((len(rows), max(map(len, rows))), IGNORED)
+        labels = torch.from_numpy(self.records.labels)
+        fill = math.nan if labels.is_floating_point() else IGNORED
+        targets = labels.new_full((len(rows), max(map(len, rows)), *labels.shape[1:]), fill)
         for i, row in enumerate(rows):
-            targets[i, : len(row)] = torch.from_numpy(self.records.labels[row])
+            targets[i, : len(row)] = labels[row]
         return {"ids": ids, "lengths": lengths, "seq_idx": seq_idx, "targets": targets}
 
     def tokens(self, step: int) -> int:
@@ -163,8 +175,7 @@ class RecordData:
     def validation_batches(self) -> list[Batch]:
         """The held-out records in batches of similar length, cut at the end to the longest window."""
         limit = max(self.lengths) if self.lengths else None
-        sequences = [self.records.tokens[i][:limit] for i in self.validation]
-        labels = self.records.labels[self.validation]
+        sequences, labels = [tokens[:limit] for tokens in self.held_out.tokens], self.held_out.labels
         return [
             to_batch([sequences[i] for i in places], labels[places])
             for places in batches_by_length([len(s) for s in sequences], self.batch_tokens)
@@ -174,8 +185,14 @@ class RecordData:
 def _split_by_class(
     records: LabelledRecords, fraction: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Places of training and validation records, the same fraction (at least one) of each class."""
+    """Places of training and validation records, the same fraction (at least one) of each class, if it has one each."""
     rng = np.random.default_rng((seed, 2))
+    if records.targets != "single":
+        places = rng.permutation(len(records.names))
+        if len(places) < 2:
+            raise InputError("the data have one record; training and validation need one each")
+        count = min(max(1, round(fraction * len(places))), len(places) - 1)
+        return np.sort(places[count:]), np.sort(places[:count])
     training, validation = [], []
     for label, name in enumerate(records.classes):
         places = rng.permutation(np.flatnonzero(records.labels == label))
@@ -239,25 +256,30 @@ class WindowData:
         augment: bool,
         seed: int,
         length_warmup: int = 0,
+        validation: LabelledRecords | None = None,
     ):
         self.records, self.lengths, self.batch_tokens = records, lengths, batch_tokens
         self.augment, self.seed = augment, seed
         self.validation_windows, self.length_warmup = validation_windows, length_warmup
         self.training: list[Stretch] = []
         self.validation: list[Stretch] = []
+        self.held_out = records if validation is None else validation
+        if validation is not None:
+            self.training = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(records.tokens)]
+            self.validation = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(validation.tokens)]
         rng = np.random.default_rng((seed, 2))
-        for i, tokens in enumerate(records.tokens):
+        for i, tokens in enumerate(records.tokens if validation is None else []):
             held_out = round(validation_fraction * len(tokens))
             start = int(rng.integers(len(tokens) - held_out + 1))
             self.validation.append(Stretch(i, start, start + held_out))
             self.training += [Stretch(i, 0, start), Stretch(i, start + held_out, len(tokens))]
         for length in lengths:
-            for stretches, what in ((self.training, "training"), (self.validation, "validation")):
-                self._check_room(length, stretches, what)
+            self._check_room(length, self.training, records, "training")
+            self._check_room(length, self.validation, self.held_out, "validation")
 
-    def _check_room(self, length: int, stretches: list[Stretch], what: str) -> None:
-        for label, name in enumerate(self.records.classes):
-            longest = max(len(s) for s in stretches if self.records.labels[s.record] == label)
+    def _check_room(self, length: int, stretches: list[Stretch], records: LabelledRecords, what: str) -> None:
+        for label, name in enumerate(records.classes):
+            longest = max((len(s) for s in stretches if records.labels[s.record] == label), default=0)
             if longest < length:
                 raise InputError(
                     f"class {name!r} has no {what} stretch of {length} bases (the longest has {longest}); use shorter "
@@ -298,7 +320,7 @@ class WindowData:
         batches = []
         for length in self.lengths:
             windows, labels = spaced_windows(
-                self.records, self.validation, length, self.validation_windows, overlap=False
+                self.held_out, self.validation, length, self.validation_windows, overlap=False
             )
             size = max(1, self.batch_tokens // length)
             for i in range(0, len(windows), size):

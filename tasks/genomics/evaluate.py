@@ -12,9 +12,9 @@ from tqdm import tqdm
 from seqmodels.errors import InputError
 from seqmodels.files import write_json
 from seqmodels.tasks.genomics.datasets import Stretch, parse_lengths, spaced_windows
-from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits, probabilities
+from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits, probabilities, scores_of
 from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, read_labels, read_table
-from seqmodels.tasks.genomics.metrics import METRICS, evaluate_scores
+from seqmodels.tasks.genomics.metrics import evaluate_any
 from seqmodels.tasks.genomics.table import aligned, check_writable
 from seqmodels.tasks.genomics.tokens import Tokens
 
@@ -41,14 +41,15 @@ def evaluate(
     """Evaluate a model on labelled data, or a table of predictions that `longseq dna classify` has written.
 
     Prints accuracy, balanced accuracy, macro-F1, MCC, and AUROC and AUPRC (one class against the rest, averaged), each
-    with its 95 % bootstrap interval over the samples, and the confusion matrix.
+    with its 95 % bootstrap interval over the samples, and the confusion matrix. Of a model of several labels: accuracy,
+    F1, MCC, AUROC and AUPRC, averaged over the labels; of a model of numbers: Pearson's and Spearman's correlation, R2
+    (the part of the variance that is explained) and the root mean squared error.
 
     Args:
         source: A model (as for classify), or a table of predictions (.tsv, .csv, .jsonl, .parquet).
-        data: For a model: a table with sequence and label, a FASTA file (with --labels), or a folder of long records
-            with metadata.csv.
+        data: For a model: labelled data of any kind that dna train reads.
         labels: Table with the columns record and label, for a FASTA file or for predictions.
-        split: Which rows of metadata.csv to take, if it has a column split.
+        split: Which split to take where the data have splits: train, dev or test.
         window: Lengths of the windows cut from long records, for example 1024,8192,65536; otherwise whole records.
         windows: Windows per class and length, evenly spaced; the same number for each class.
         overlap: Whether windows may overlap to reach that number.
@@ -71,20 +72,22 @@ def evaluate(
     if source.endswith(_TABLES):
         if labels is None:
             raise InputError(f"{source} is a table of predictions; name the table of labels with --labels")
+        targets = "single"
         classes, samples = _from_predictions(Path(source), labels)
     else:
         if data is None:
             raise InputError(f"{source} is taken for a model; name labelled data with --data")
         lengths = parse_lengths(window)
         classifier = Classifier(source, device, dtype, batch_tokens, chunk)
-        records = load_labelled(data, labels, split=split, classes=classifier.classes)
+        targets = classifier.targets
+        records = load_labelled(data, labels, split=split, classes=classifier.classes, targets=targets)
         if lengths and not records.long:
             raise InputError(f"{data} has short records, which are taken whole; leave --window out")
         classes = classifier.classes
         samples = _from_model(classifier, records, lengths, windows, overlap, quiet)
     results = []
-    for length, targets, scores in samples:
-        results.append({"window": length, **evaluate_scores(targets, scores, resamples=resamples, seed=seed)})
+    for length, true, scores in samples:
+        results.append({"window": length, **evaluate_any(targets, true, scores, resamples=resamples, seed=seed)})
         print(_shown(results[-1], classes), flush=True)
     if output is not None:
         settings = {"split": split, "windows": windows, "overlap": overlap, "resamples": resamples, "seed": seed}
@@ -93,19 +96,26 @@ def evaluate(
     return 0
 
 
-Samples = Iterator[tuple[int | None, NDArray[np.int64], NDArray[np.float64]]]
+Samples = Iterator[tuple[int | None, NDArray, NDArray[np.float64]]]
+
+
+def measure(model: Path, records: LabelledRecords, lengths: list[int], device: str) -> list[dict[str, Any]]:
+    """Metrics, without intervals, of a model on records or their windows (200 per class), for each length."""
+    classifier = Classifier(str(model), device)
+    samples = _from_model(classifier, records, lengths if records.long else [], 200, False, True)
+    return [{"window": n, **evaluate_any(records.targets, *pair, resamples=0)} for n, *pair in samples]
 
 
 def _from_model(
     classifier: Classifier, records: LabelledRecords, lengths: list[int], windows: int, overlap: bool, quiet: bool
 ) -> Samples:
-    """Window length (None: whole records), class ids (n,) and probabilities (n, classes), for each length."""
+    """Window length (None: whole records), true labels (n, ...) and scores (n, classes), for each length."""
     stretches = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(records.tokens)]
     for length in lengths or [None]:
         sequences, targets = records.tokens, records.labels
         if length is not None:
             sequences, targets = spaced_windows(records, stretches, length, windows, overlap=overlap)
-        yield length, targets, probabilities(_logits(classifier, sequences, quiet))
+        yield length, targets, scores_of(_logits(classifier, sequences, quiet), classifier.targets)
 
 
 def _logits(classifier: Classifier, sequences: list[Tokens], quiet: bool) -> Logits:
@@ -181,19 +191,22 @@ def _shown(result: dict[str, Any], classes: tuple[str, ...]) -> str:
         return "-" if value is None else f"{value:.3f}"
 
     rows = []
-    for name in METRICS:
-        values = result["metrics"][name]
+    for name, values in result["metrics"].items():
         interval = f"{number(values['low'])} to {number(values['high'])}" if "low" in values else ""
         rows.append({"metric": name, "value": number(values["value"]), "95 % interval": interval})
-    confusion = [
-        {"true \\ predicted": name, **dict(zip(classes, counts, strict=True))}
-        for name, counts in zip(classes, result["confusion"], strict=True)
-    ]
+    if "confusion" in result:
+        counts = zip(classes, result["confusion"], strict=True)
+        further = [
+            {"true \\ predicted": name, **dict(zip(classes, counted, strict=True))} for name, counted in counts
+        ]  # fmt: skip
+    else:
+        further = [{"label": name, **values} for name, values in zip(classes, result["labels"], strict=True)]
+        further = [{k: v if k == "label" else number(v) for k, v in row.items()} for row in further]
     what = "whole records" if result["window"] is None else f"windows of {result['window']} bases"
     return "\n".join(
         [
             f"{result['n']} {what}",
             aligned(rows, ["metric", "value", "95 % interval"]),
-            aligned(confusion, ["true \\ predicted", *classes]),
+            aligned(further, [*further[0]]),
         ]
     )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import seqmodels
 from seqmodels.checkpoint import choose_device
+from seqmodels.config import Targets
 from seqmodels.errors import InputError
 from seqmodels.sweeps import free_memory, host_bytes, sweepable, two_sweeps, windows
 from seqmodels.tasks.genomics.tokens import Tokens, pad_right
@@ -79,6 +80,7 @@ class Classifier:
             )
         self.name = model
         self.classes: tuple[str, ...] = config.head.labels
+        self.targets: Targets = config.head.targets
         self.causal: bool = self.model.causal
         self.parts = 1  # in which a batch is read, since a whole one did not fit into memory
         self.batch_tokens = batch_tokens or (1 << 16 if on_cpu else 1 << 20)
@@ -267,6 +269,14 @@ def _known(value: Any) -> Future:
     future: Future = Future()
     future.set_result(value)
     return future
+
+
+def scores_of(logits: NDArray[Any], targets: Targets) -> NDArray[np.float64]:
+    """Probabilities of classes or of several labels, or numbers, from what a model gives (..., classes), in float64."""
+    if targets == "single":
+        return probabilities(logits)
+    logits = logits.astype(np.float64)
+    return logits if targets == "regression" else np.exp(-np.logaddexp(0, -logits))
 
 
 def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Metrics of a classifier with bootstrap intervals.
+"""Metrics of a classifier, of several labels, or of a regression, with bootstrap intervals.
 
 Points come from scikit-learn. The intervals resample the windows (or records) with replacement: here every resample is
 a row of counts per window, so that all resamples of a metric are a few matrix products.
@@ -11,8 +11,118 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
+from seqmodels.config import Targets
+
 Floats = NDArray[np.float64]
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "auroc", "auprc")
+MULTI_METRICS = ("accuracy", "f1", "mcc", "auroc", "auprc")
+VALUE_METRICS = ("pearson", "spearman", "r2", "rmse")
+
+
+def evaluate_any(
+    kind: Targets, targets: NDArray, scores: Floats, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """evaluate_scores, evaluate_labels or evaluate_values."""
+    if kind == "single":
+        return evaluate_scores(targets, scores, resamples=resamples, seed=seed)
+    evaluate = evaluate_labels if kind == "multi" else evaluate_values
+    return evaluate(targets.astype(np.float64), scores, resamples=resamples, seed=seed)
+
+
+def evaluate_labels(targets: Floats, scores: Floats, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Metrics of probabilities (n, labels) that each label is there, against 0 or 1 (n, labels), NaN for not known.
+
+    `metrics` are means over the labels for which they are defined, with intervals, where a label is said to be there
+    from 0.5 on; `labels` has those of each label.
+    """
+    return _evaluate_columns(MULTI_METRICS, _binary_metrics, targets, scores, resamples, seed)
+
+
+def evaluate_values(targets: Floats, scores: Floats, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Metrics of predicted numbers (n, labels) against the true ones, NaN for not known, as evaluate_labels."""
+    return _evaluate_columns(VALUE_METRICS, _value_metrics, targets, scores, resamples, seed)
+
+
+def _evaluate_columns(
+    names: tuple[str, ...], measure: Any, targets: Floats, scores: Floats, resamples: int, seed: int
+) -> dict[str, Any]:
+    n = len(targets)
+    known = ~np.isnan(targets)
+    rng = np.random.default_rng(seed)
+    points = [measure(targets[k, j], scores[k, j], np.ones((1, k.sum()))) for j, k in enumerate(known.T)]
+    parts = []
+    size = max(1, 4_000_000 // n)  # resamples at a time: bounds the memory
+    for start in range(0, resamples, size):
+        weights = rng.multinomial(n, np.full(n, 1 / n), size=min(size, resamples - start)).astype(np.float64)
+        columns = [measure(targets[k, j], scores[k, j], weights[:, k]) for j, k in enumerate(known.T)]
+        parts.append({name: _mean([column[name] for column in columns]) for name in names})
+    metrics = {}
+    for name in names:
+        metrics[name] = {"value": _defined(_mean([column[name] for column in points])[0])}
+        if resamples:
+            metrics[name] |= _interval(np.concatenate([part[name] for part in parts]))
+    each = [{name: _defined(column[name][0]) for name in names} for column in points]
+    return {"n": n, "metrics": metrics, "labels": each}
+
+
+def _defined(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _interval(values: Floats) -> dict[str, float | None]:
+    """Percentile interval of 95 % of the values that are defined."""
+    values = values[np.isfinite(values)]
+    low, high = np.percentile(values, (2.5, 97.5)).tolist() if len(values) else (None, None)
+    return {"low": low, "high": high}
+
+
+def _binary_metrics(targets: Floats, scores: Floats, weights: Floats) -> dict[str, Floats]:
+    """Metrics (resamples,) of one label, with weights (resamples, n) of the samples."""
+    true, said = targets > 0.5, scores >= 0.5
+    tp, fp, fn, tn = (weights @ one.astype(float) for one in (true & said, ~true & said, true & ~said, ~true & ~said))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mcc = (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+        mcc = np.where((tp + fn > 0) & (tn + fp > 0) & ~np.isfinite(mcc), 0.0, mcc)  # one said: 0 by convention
+        f1 = np.where(tp + fn > 0, 2 * tp / (2 * tp + fp + fn), np.nan)
+        accuracy = (tp + tn) / weights.sum(1)
+    roc, average = _weighted_curves(true, scores, weights) if len(true) else (np.full(len(weights), np.nan),) * 2
+    return {"accuracy": accuracy, "f1": f1, "mcc": mcc, "auroc": roc, "auprc": average}
+
+
+def _value_metrics(targets: Floats, scores: Floats, weights: Floats) -> dict[str, Floats]:
+    """Metrics (resamples,) of one predicted number, with weights (resamples, n) of the samples."""
+    n = weights.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        residual = weights @ np.square(targets - scores)
+        mean = weights @ targets / n
+        total = (weights * np.square(targets - mean[:, None])).sum(1)
+        ranks = [_weighted_ranks(values, weights) for values in (targets, scores)]
+        return {
+            "pearson": _correlation(targets[None], scores[None], weights),
+            "spearman": _correlation(*ranks, weights),
+            "r2": np.where(total > 0, 1 - residual / total, np.nan),
+            "rmse": np.sqrt(residual / n),
+        }
+
+
+def _correlation(x: Floats, y: Floats, weights: Floats) -> Floats:
+    """Pearson's correlation (resamples,) of x and y (resamples or 1, n); nan where one of them is constant."""
+    n = weights.sum(1, keepdims=True)
+    floors = [1e-28 * n[:, 0] * np.square(v).max(initial=0) for v in (x, y)]  # rounding of a constant
+    x, y = (v - (weights * v).sum(1, keepdims=True) / n for v in (x, y))
+    xx, yy, xy = ((weights * v).sum(1) for v in (x * x, y * y, x * y))
+    return np.where((xx > floors[0]) & (yy > floors[1]), xy / np.sqrt(xx * yy), np.nan)
+
+
+def _weighted_ranks(values: Floats, weights: Floats) -> Floats:
+    """Mean ranks (resamples, n) of values (n,) of which each stands there `weights` times, scaled to at most 1."""
+    order = np.argsort(values, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True)) if len(values) else order
+    below = np.cumsum(weights[:, order], axis=1)[:, ends]
+    before = np.pad(below, ((0, 0), (1, 0)))[:, :-1]
+    group = np.zeros(len(values), dtype=np.int64)
+    group[order] = np.searchsorted(ends, np.arange(len(values)))
+    return ((before + below + 1) / 2 / weights.sum(1, keepdims=True))[:, group]
 
 
 def evaluate_scores(
@@ -31,9 +141,7 @@ def evaluate_scores(
     for name in METRICS:
         results[name] = {"value": points[name]}
         if resamples:
-            values = intervals[name][np.isfinite(intervals[name])]
-            low, high = np.percentile(values, (2.5, 97.5)).tolist() if len(values) else (None, None)
-            results[name] |= {"low": low, "high": high}
+            results[name] |= _interval(intervals[name])
     confusion = sk.confusion_matrix(targets, predicted, labels=classes).tolist()
     return {"n": len(targets), "metrics": results, "confusion": confusion}
 

@@ -3,21 +3,26 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from seqmodels.config import HeadConfig, ModelConfig
+import numpy as np
+
+from seqmodels.config import HeadConfig, ModelConfig, Targets
 from seqmodels.errors import InputError
+from seqmodels.files import write_json
 from seqmodels.tasks.genomics.backbones import Mixer, Strands, choose_backbone
 from seqmodels.tasks.genomics.datasets import RecordData, parse_lengths, training_data
-from seqmodels.tasks.genomics.labelled import load_labelled
+from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, splits_of
 from seqmodels.tasks.genomics.tokens import TOKENIZER, VOCAB_SIZE
-from seqmodels.training import TrainingConfig, as_started, first_process, fit
+from seqmodels.tasks.genomics.trials import Trial, plan, run_trials, shown, summary
+from seqmodels.training import TrainingConfig, Tune, as_started, first_process, fit
 
 
 def train(
     data: Path,
     run: Path,
     labels: Path | None = None,
+    targets: Targets = "single",
     window: str | list[int] | None = None,
     batch_tokens: int = 65536,
     batching: Literal["padded", "packed"] = "padded",
@@ -37,7 +42,12 @@ def train(
     dropout: float = 0.0,
     pool: Literal["last", "mean", "sqrt", "max"] = "mean",
     supervise_every: int = 0,
+    class_weights: str | list[float] | None = None,
     start_from: str | None = None,
+    tune: Tune = "full",
+    seeds: int = 1,
+    folds: int = 0,
+    test: bool = False,
     training: TrainingConfig = TrainingConfig(),  # noqa: B008  # frozen
 ) -> int:
     """Train a classifier of DNA sequences and write it to the folder RUN/model.
@@ -56,14 +66,25 @@ def train(
         longseq dna train promoters.csv runs/promoters --mixer mamba --bidirectional --tie-projections
             --strands conjoined
 
-    Validation data are cut from the training data: a part of the records of each class, or of each long record a
-    contiguous stretch that no training window touches.
+    Data with official splits (see longseq dna data) are used as such: weights are learnt from train and chosen by dev.
+    Without a dev split, validation data are cut from the training data: a part of the records of each class, or of each
+    long record a contiguous stretch that no training window touches. The test split is not looked at unless --test asks
+    for it, once per finished model.
+
+    Five models, and their mean and spread on the test split in RUN/results.json; or a ten-fold cross-validation:
+
+        longseq dna train gue/tf/0 runs/tf0 --seeds 5 --test
+        longseq dna train splice.data.gz runs/splice --folds 10
 
     Args:
-        data: A table with the columns sequence and label (.csv, .tsv, also .gz), a FASTA file (with --labels), or a
-            folder of long records whose metadata.csv has the columns file, record and species or label.
+        data: A table with the columns sequence and label (.csv, .tsv, .parquet, also .gz); a FASTA file (with --labels,
+            or headers that end in |label); a folder with train, dev and test of these, or with a folder of sequences
+            per class (Genomic Benchmarks); or a folder of long records whose metadata.csv has the columns file, record
+            and species or label.
         run: Folder for the logs, checkpoints and the model.
         labels: For a FASTA file: table with the columns record and label.
+        targets: What a sequence is labelled with. single: one class. multi: any number of classes, ";" between them, or
+            columns label_<name> with 0, 1 or nothing. regression: a number, or numbers in columns label_<name>.
         window: Lengths in bases, for example 1024,8192,65536; each batch draws one. Long records: the windows'
             lengths, these three unless said otherwise; short records: longer ones are cut to it at a random place.
         batch_tokens: Bases per batch, padding included, whatever the length.
@@ -90,9 +111,17 @@ def train(
             square root of the length, under which evidence from long sequences adds up.
         supervise_every: With pool mean or sqrt: also learn from what was read after every so many bases, so that long
             windows teach every shorter length too; 0 means from the whole window only.
+        class_weights: Weight of each class in the loss, in order of the sorted names, for example 1,4; or balanced:
+            in inverse proportion to how often it occurs. With targets multi, that of a class being there.
         start_from: A model (name or folder, also a pretrained Caduceus) whose weights are taken over where name and
             shape agree; the rest is new. Its layers are taken, too, unless one of the options from mixer to kmer_width
             (but for strands) says how to build new ones.
+        tune: With --start-from: train all weights (full), or only the classifier on the frozen model (head).
+        seeds: Models to train, with this many seeds in a row, each in a folder of its own in RUN.
+        folds: Folds of a cross-validation over train and dev: each is held out once and measured. Labels are alike in
+            all folds, and equal sequences, of either strand, are in the same one.
+        test: Measure each finished model on the data's test split; with --seeds or --folds, the figures on validation
+            data are always written.
         training: Steps, learning rate and so on.
 
     Returns:
@@ -112,52 +141,133 @@ def train(
         per_step = training.readers * round(training.step_tokens / at_once)  # of windows, which fill their batches
     if batching == "packed" and supervise_every:
         raise InputError("supervise_every needs a row for each record; leave it out or give --batching padded")
-    records = load_labelled(data, labels, split="train")
-    served = training_data(
-        records,
-        lengths,
-        batch_tokens=batch_tokens,
-        validation_fraction=validation_fraction,
-        validation_windows=validation_windows,
-        augment=reverse_complement,
-        seed=training.seed,
-        length_warmup=length_warmup * per_step,
-        packed=batching == "packed",
-    )
-    backbone = choose_backbone(
-        start_from, mixer, d_model, n_layer, d_state, kmer, kmer_width, strands=strands,
-        bidirectional=bidirectional, tie_projections=tie_projections,
-    )  # fmt: skip
-    config = ModelConfig(
-        vocab_size=VOCAB_SIZE,
-        backbone=dataclasses.replace(backbone, dropout=dropout),
-        head=HeadConfig(
-            task="sequence", labels=records.classes, pool=pool, dropout=dropout, supervise_every=supervise_every
-        ),
-        tokenizer=TOKENIZER,
-    )
-    what = (
-        "whole records"
-        if isinstance(served, RecordData) and not lengths
-        else "windows of " + ", ".join(str(n) for n in served.lengths)
-    )
-    bases = sum(len(tokens) for tokens in records.tokens)
+    splits = _splits(data, labels, targets, test, folds)
+    trials = plan(run, training, splits, seeds, folds)
+
+    def learn(trial: Trial) -> tuple[Path, LabelledRecords | None]:
+        records, training = trial.records, trial.training
+        served = training_data(
+            records,
+            lengths,
+            batch_tokens=batch_tokens,
+            validation_fraction=validation_fraction,
+            validation_windows=validation_windows,
+            augment=reverse_complement,
+            seed=training.seed,
+            length_warmup=length_warmup * per_step,
+            packed=batching == "packed",
+            validation=trial.validation,
+        )
+        backbone = choose_backbone(
+            start_from, mixer, d_model, n_layer, d_state, kmer, kmer_width, strands=strands,
+            bidirectional=bidirectional, tie_projections=tie_projections,
+        )  # fmt: skip
+        head = HeadConfig(
+            task="sequence", labels=records.classes, pool=pool, dropout=dropout, supervise_every=supervise_every,
+            targets=targets, class_weights=_class_weights(class_weights, records), scale=_scale(records),
+        )  # fmt: skip
+        config = ModelConfig(
+            vocab_size=VOCAB_SIZE,
+            backbone=dataclasses.replace(backbone, dropout=dropout),
+            head=head,
+            tokenizer=TOKENIZER,
+        )
+        what = (
+            "whole records"
+            if isinstance(served, RecordData) and not lengths
+            else "windows of " + ", ".join(str(n) for n in served.lengths)
+        )
+        bases = sum(len(tokens) for tokens in records.tokens)
+        if first_process():
+            kinds = f"{len(records.classes)} {'values' if targets == 'regression' else 'classes'}"
+            print(f"{len(records.names)} records, {bases} bases, {kinds}, {what}", file=sys.stderr)
+        both = None if backbone.strands is None else backbone.strands.training
+        card = _card(data, head, what, reverse_complement, both, bases, training)
+        model = fit(config, served, training, trial.run, card=card, start_from=start_from, tune=tune)
+        return model, served.held_out if isinstance(served, RecordData) else None
+
+    if len(trials) == 1 and not test:
+        model, _ = learn(trials[0])
+        if first_process():
+            print(model)
+        return 0
+    from seqmodels.tasks.genomics.evaluate import measure
+
+    def measured(model: Path, records: LabelledRecords) -> list[dict[str, Any]]:
+        return measure(model, records, lengths, training.device) if first_process() else []
+
+    models = run_trials(trials, learn, measured)
     if first_process():
-        print(f"{len(records.names)} records, {bases} bases, {len(records.classes)} classes, {what}", file=sys.stderr)
-    read_strands = None if backbone.strands is None else backbone.strands.training
-    card = _card(data, records.classes, what, reverse_complement, read_strands, bases, training)
-    model = fit(config, served, training, run, card=card, start_from=start_from)
-    if first_process():
-        print(model)
+        rows = summary(models)
+        about = {"data": data.name, "targets": targets, "classes": list(splits["train"].classes), "seeds": seeds}
+        write_json(run / "results.json", {**about, "folds": folds, "models": models, "summary": rows})
+        print(shown(rows))
+        print(run / "results.json")
     return 0
 
 
+def _splits(
+    data: Path, labels: Path | None, targets: Targets, test: bool, folds: int
+) -> dict[str, LabelledRecords]:  # fmt: skip
+    """The splits that training and its measures read; the test split only if it is asked for."""
+    there = splits_of(data, labels)
+    if test and folds:
+        raise InputError("folds measure each model on its held-out fold; leave --test out, or --folds")
+    if test and "test" not in there:
+        raise InputError(f"{data} has no test split to measure on; leave --test out, or use --folds")
+    splits = {"train": load_labelled(data, labels, split="train", targets=targets)}
+    for name in ("dev", *(("test",) if test else ())):
+        if name in there:
+            classes = splits["train"].classes
+            splits[name] = load_labelled(data, labels, split=name, classes=classes, targets=targets)
+    if targets != "single" and splits["train"].long:
+        raise InputError("windows of long records have one class each; leave --targets out")
+    return splits
+
+
+def _class_weights(given: str | list[float] | None, records: LabelledRecords) -> tuple[float, ...]:
+    """Weights for the loss, of mean 1 over the records if balanced."""
+    if given is None:
+        return ()
+    if records.targets == "regression":
+        raise InputError("class_weights are for classes; leave them out with --targets regression")
+    classes, labels = len(records.classes), records.labels
+    if given == "balanced" and records.targets == "multi":
+        there = np.nansum(labels, axis=0)
+        return tuple(float(w) for w in ((~np.isnan(labels)).sum(0) - there) / np.maximum(there, 1))
+    if given == "balanced":
+        counts = np.bincount(labels, minlength=classes)
+        return tuple(float(w) for w in len(labels) / (classes * np.maximum(counts, 1)))
+    try:
+        parts = given.strip("[]").split(",") if isinstance(given, str) else given
+        weights = tuple(float(part) for part in parts)
+    except ValueError:
+        weights = ()
+    if len(weights) != classes or not all(0 < w < np.inf for w in weights):
+        names = ", ".join(records.classes)
+        raise InputError(f"class_weights is {given!r}; give balanced, or a positive number for each of {names}")
+    return weights
+
+
+def _scale(records: LabelledRecords) -> tuple[tuple[float, float], ...]:
+    """Mean and standard deviation of each number to be predicted."""
+    if records.targets != "regression":
+        return ()
+    columns = records.labels.astype(np.float64).T
+    return tuple((float(np.nanmean(c)), float(np.nanstd(c)) or 1.0) for c in columns)
+
+
 def _card(
-    data: Path, classes: tuple[str, ...], what: str, augmented: bool, both: bool | None, bases: int,
-    training: TrainingConfig,
+    data: Path, head: HeadConfig, what: str, augmented: bool, both: bool | None, bases: int, training: TrainingConfig
 ) -> str:  # fmt: skip
     """The model card: what a user of the weights has to know. `both`: StrandsConfig.training, or None."""
-    names = "\n".join(f"{i}. {name}" for i, name in enumerate(classes))
+    names = "\n".join(f"{i}. {name}" for i, name in enumerate(head.labels))
+    heading, said = {
+        "single": ("Classes", "A sequence of another origin is also given one of these classes; the probabilities do "
+                   "not say that it is none of them."),
+        "multi": ("Labels, each of which a sequence can have or not", "Each has a probability of its own."),
+        "regression": ("Numbers that are predicted", "They are in the units of the training data."),
+    }[head.targets]  # fmt: skip
     strands = "both strands (each sequence reverse-complemented half of the time)" if augmented else "one strand"
     answers = "" if both is None else "\n\nA sequence and its reverse complement get the same answer: "
     if both is not None:
@@ -169,11 +279,11 @@ weights with the best loss on held-out training data were kept.{answers}
 
 Tokens: one per base (A 7, C 8, G 9, T 10, everything else that stands for a base 11, padding 4).
 
-Classes, in order of their ids (from 0):
+{heading}, in order of their ids (from 0):
 
 {names}
 
-A sequence of another origin is also given one of these classes; the probabilities do not say that it is none of them.
+{said}
 
     longseq dna classify contigs.fa.gz --model FOLDER
 """

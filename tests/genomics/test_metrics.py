@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
+import scipy.stats
 import sklearn.metrics as sk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqmodels.tasks.genomics import metrics
-from seqmodels.tasks.genomics.metrics import METRICS, evaluate_scores
+from seqmodels.tasks.genomics.metrics import METRICS, evaluate_labels, evaluate_scores, evaluate_values
 
 
 def sample(seed, n=60, classes=3):
@@ -81,3 +82,50 @@ def test_one_class_alone_leaves_rankings_undefined():
     found = evaluate_scores(np.zeros(5, dtype=np.int64), np.eye(2)[[0, 0, 0, 1, 0]])["metrics"]
     assert found["accuracy"]["value"] == 0.8
     assert found["auroc"] == {"value": None, "low": None, "high": None}
+
+
+def test_metrics_of_several_labels_and_of_numbers_are_those_of_scikit_learn_and_scipy():
+    rng = np.random.default_rng(1)
+    labels = (rng.random((80, 3)) < 0.4).astype(float)
+    scores = np.clip(0.3 * labels + 0.7 * rng.random(labels.shape), 0, 1).round(2)  # with ties
+    labels[rng.random(labels.shape) < 0.1] = np.nan
+    found = evaluate_labels(labels, scores, resamples=0)
+    for k, own in enumerate(found["labels"]):
+        known = ~np.isnan(labels[:, k])
+        true, score = labels[known, k] > 0.5, scores[known, k]
+        assert own["accuracy"] == pytest.approx(sk.accuracy_score(true, score >= 0.5))
+        assert own["f1"] == pytest.approx(sk.f1_score(true, score >= 0.5))
+        assert own["mcc"] == pytest.approx(sk.matthews_corrcoef(true, score >= 0.5))
+        assert own["auroc"] == pytest.approx(sk.roc_auc_score(true, score))
+        assert own["auprc"] == pytest.approx(sk.average_precision_score(true, score))
+    assert found["metrics"]["mcc"]["value"] == pytest.approx(np.mean([own["mcc"] for own in found["labels"]]))
+    values = rng.normal(size=(80, 2)) * (1, 100)
+    said = (values + rng.normal(size=(80, 2)) * (1, 50)).round(1)
+    values[:5, 1] = np.nan
+    found = evaluate_values(values, said, resamples=0)
+    for k, own in enumerate(found["labels"]):
+        known = ~np.isnan(values[:, k])
+        true, guess = values[known, k], said[known, k]
+        assert own["pearson"] == pytest.approx(scipy.stats.pearsonr(true, guess)[0])
+        assert own["spearman"] == pytest.approx(scipy.stats.spearmanr(true, guess)[0])
+        assert own["r2"] == pytest.approx(sk.r2_score(true, guess))
+        assert own["rmse"] == pytest.approx(sk.root_mean_squared_error(true, guess))
+
+
+def test_intervals_of_labels_and_numbers_are_those_of_resampling_rows():
+    rng = np.random.default_rng(2)
+    values = rng.normal(size=(60, 1))
+    said = (values + rng.normal(size=(60, 1))).round(1)
+    found = evaluate_values(values, said, resamples=200)["metrics"]
+    places = rng.integers(60, size=(200, 60))
+    for name, metric in (("spearman", scipy.stats.spearmanr), ("pearson", scipy.stats.pearsonr)):
+        low, high = np.percentile([metric(values[p, 0], said[p, 0])[0] for p in places], (2.5, 97.5))
+        assert found[name]["low"] == pytest.approx(low, abs=0.06)
+        assert found[name]["high"] == pytest.approx(high, abs=0.06)
+    labels = (values > 0).astype(float)
+    found = evaluate_labels(labels, said, resamples=200)["metrics"]
+    low, high = np.percentile([sk.f1_score(labels[p, 0], said[p, 0] >= 0.5) for p in places], (2.5, 97.5))
+    assert found["f1"]["low"] == pytest.approx(low, abs=0.06)
+    assert found["f1"]["high"] == pytest.approx(high, abs=0.06)
+    alone = evaluate_values(np.ones((5, 1)), np.ones((5, 1)), resamples=5)["metrics"]
+    assert alone["pearson"] == {"value": None, "low": None, "high": None}

@@ -279,3 +279,72 @@ def test_logits_of_all_positions_never_exist_at_once(task, monkeypatch):
     with Largest() as largest:
         heads._cross_entropy(x.requires_grad_(), head.weight, head.bias, batch["targets"], None)[0].backward()
     assert largest.size == max(x.numel(), 37 * 20)
+
+
+def targets_for(kind, n=6):
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    values = (values > 0).double() if kind == "multi" else 5 * values + 20
+    values[1, 0] = values[2, 1] = values[4] = torch.nan  # of the last, nothing is known
+    return values
+
+
+HEADS = {
+    "multi": {"targets": "multi", "class_weights": (2.0, 1.0, 0.5)},
+    "regression": {"targets": "regression", "scale": ((20.0, 5.0), (19.0, 4.0), (0.0, 1.0))},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@torch.no_grad()
+def test_losses_of_labels_and_numbers_are_means_over_what_is_known(kind):
+    model, targets = classifier("mean", **HEADS[kind]), targets_for(kind)
+    ids = torch.randint(0, 11, (6, 20), generator=torch.Generator().manual_seed(1))
+    loss, metrics = model.loss({"ids": ids, "targets": targets})
+    each = []
+    for row, wanted in zip(model(ids), targets, strict=True):
+        if wanted.isnan().all():
+            continue
+        terms = []
+        for k, (x, y) in enumerate(zip(row.tolist(), wanted.tolist(), strict=True)):
+            if y == y and kind == "multi":
+                p = 1 / (1 + torch.e**-x)
+                weight = HEADS[kind]["class_weights"][k]
+                terms.append(-weight * torch.tensor(p).log() if y else -torch.tensor(1 - p).log())
+            elif y == y:
+                terms.append(torch.tensor((x - y) / HEADS[kind]["scale"][k][1]) ** 2)
+        each.append(sum(terms) / len(terms))
+    torch.testing.assert_close(loss, torch.stack(each).mean().double(), rtol=1e-6, atol=1e-6)
+    assert metrics["count"] == 5
+    assert ("accuracy" in metrics) == (kind == "multi")
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@torch.no_grad()
+def test_labels_and_numbers_of_packed_and_chunked_sequences_are_those_of_each_alone(kind):
+    model, values = classifier("mean", **HEADS[kind]), targets_for(kind)
+    batch = packed(SEQUENCES, ROWS)
+    targets = torch.full((3, 4, 3), torch.nan, dtype=torch.float64)
+    losses = []
+    for i, row in enumerate(ROWS):
+        for j, number in enumerate(row):
+            targets[i, j] = values[number]
+            if not values[number].isnan().all():
+                losses.append(model.loss({"ids": SEQUENCES[number][None], "targets": values[number][None]})[0])
+    batch["targets"] = targets
+    assert model.terms(batch) == len(losses)
+    torch.testing.assert_close(model.loss(batch)[0], torch.stack(losses).mean(), rtol=1e-9, atol=1e-9)
+    ids = SEQUENCES[3][None]
+    state = model.read(ids[:, 11:], model.read(ids[:, :11]))
+    torch.testing.assert_close(model.classify(state), model(ids), rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_class_weights_weigh_each_sequence():
+    plain, weighted = classifier("mean"), classifier("mean", class_weights=(3.0, 1.0, 0.25))
+    ids, targets = torch.randint(0, 11, (4, 20)), torch.tensor([0, 2, 1, 0])
+    each = torch.stack([plain.loss({"ids": ids[i : i + 1], "targets": targets[i : i + 1]})[0] for i in range(4)])
+    expected = (each * torch.tensor([3.0, 0.25, 1.0, 3.0])).mean()
+    torch.testing.assert_close(weighted.loss({"ids": ids, "targets": targets})[0], expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(InputError, match="2 entries for 3 labels"):
+        classifier("mean", class_weights=(1.0, 2.0))
