@@ -21,6 +21,7 @@ COMMANDS = {
         "evaluate": "seqmodels.tasks.genomics.evaluate",
         "pretrain": "seqmodels.tasks.genomics.pretrain",
         "train": "seqmodels.tasks.genomics.train",
+        "variants": "seqmodels.tasks.genomics.variants",
     },
     "audio": {
         "generate": "seqmodels.tasks.audio.commands",
@@ -36,6 +37,7 @@ USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help ex
   longseq dna evaluate MODEL --data D accuracy and more on labelled data
   longseq dna pretrain GENOME... RUN  train a model to predict bases, without labels
   longseq dna train DATA RUN          train a classifier on your own data
+  longseq dna variants VCF            score the variants of a VCF file: a table or VCF
   longseq audio generate --prompt P   make sound from a label or the start of a recording
   longseq audio evaluate DATA         bits per sample of recordings
   longseq audio train DATA RUN        train on your own recordings"""
