@@ -28,6 +28,7 @@ from seqmodels.config import (
     MambaConfig,
     ModelConfig,
     StrandsConfig,
+    Targets,
 )
 from seqmodels.errors import InputError
 from seqmodels.files import make_folder, write_json
@@ -40,6 +41,12 @@ TOKENIZER = {"type": "dna", "vocabulary": list(VOCABULARY)}
 "What our config.json says about such tokens."
 
 Tensors = dict[str, Tensor]
+
+_TARGETS: dict[Any, Targets] = {
+    "single_label_classification": "single",
+    "multi_label_classification": "multi",
+    "regression": "regression",
+}
 
 
 def find_config(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -83,7 +90,11 @@ def read(folder: Path, values: dict[str, Any], around: dict[str, Any]) -> tuple[
     strands = StrandsConfig(complement_map=complement_map) if both else None
     if (score := tensors.get("score.weight")) is not None and score.dim() == 2:
         names = _object(values, "id2label", where)
-        head = HeadConfig(task="sequence", labels=tuple(names.get(str(i), str(i)) for i in range(len(score))))
+        head = HeadConfig(
+            task="sequence",
+            labels=tuple(names.get(str(i), str(i)) for i in range(len(score))),
+            targets=_TARGETS.get(values.get("problem_type"), "regression" if len(score) == 1 else "single"),
+        )
         tensors.pop("lm_head.weight", None)
         tensors.setdefault("score.bias", score.new_zeros(len(score)))
         tie_embeddings = True
@@ -267,8 +278,8 @@ def _checked(model: Any) -> tuple[BackboneConfig, BidirectionalConfig]:
         raise InputError("Caduceus has no MLP, k-mers or conditions (mlp_expand, kmer, conditions)")
     if config.head.task == "position" or (config.head.task == "sequence" and config.head.pool != "mean"):
         raise InputError("Caduceus predicts masked tokens, or labels sequences by their mean; this model does neither")
-    if config.head.task == "sequence" and model.score.bias.any():
-        raise InputError("Caduceus' classifier has no bias, and this model's is not zero; save it with seqmodels.save")
+    if config.head.task == "sequence" and (model.score.bias.any() or config.head.scale):
+        raise InputError("Caduceus' classifier has no bias and no scale, as this model's; save it with seqmodels.save")
     return backbone, mixer
 
 
@@ -302,5 +313,6 @@ def _values(
             "id2label": {str(i): name for i, name in enumerate(labels)},
             "conjoin_eval": bool(strands) and not both,
         }
+        values["problem_type"] = next(theirs for theirs, ours in _TARGETS.items() if ours == config.head.targets)
         values["label2id"] = {name: i for i, name in enumerate(labels)}
     return values

@@ -1,5 +1,6 @@
 """Caduceus' folders: the logits of its equations in NumPy, the fused branch's exchange of strands included."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -258,12 +259,13 @@ def test_what_was_read_is_written_as_it_was(mixer, layers, rcps, fused, tied, tm
     assert found["ssm_cfg"].items() >= MIXERS[mixer].items()
 
 
-@pytest.mark.parametrize("strands", [None, True, False])
+@pytest.mark.parametrize(("strands", "targets"), [(None, "single"), (True, "multi"), (False, "regression")])
 @pytest.mark.parametrize("mixer", [MambaConfig(d_state=N), Mamba2Config(d_state=N, head_dim=HEAD)])
 @torch.no_grad()
-def test_our_models_are_written_and_read_to_the_same_answer(mixer, strands, tmp_path):
-    head = HeadConfig(task="sequence", labels=("no", "yes"))
-    backbone = caduceus(D, 3, mixer=mixer, complement_map=COMPLEMENT_MAP if strands else None)
+def test_our_models_are_written_and_read_to_the_same_answer(mixer, strands, targets, tmp_path):
+    head = HeadConfig(task="sequence", labels=("no", "yes"), targets=targets)
+    read = None if strands is None else StrandsConfig(complement_map=COMPLEMENT_MAP, training=strands)
+    backbone = dataclasses.replace(caduceus(D, 3, mixer=mixer), strands=read)
     config = ModelConfig(vocab_size=16, backbone=backbone, head=head, tokenizer=tokens.TOKENIZER)
     model = seqmodels.build(config, seed=0).eval()
     model.score.bias.zero_()
