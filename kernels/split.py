@@ -4,6 +4,7 @@
 lie apart takes that place (`room`); what the others give is copied there.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def split(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """x.split(sizes, -1)."""
+def split(x: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """x (..., channels) in parts (..., *shape) of neighbouring channels; x is contiguous."""
     if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
-        return x.split(list(sizes), -1)
-    whole = _Whole(x, sizes)
+        return _views(x, shapes)
+    whole = _Whole(x, shapes)
     parts = _Split.apply(x, whole)
     for i, part in enumerate(parts):
         part.gradient_room = _Room(whole, i)
@@ -28,11 +29,22 @@ def room(x: Tensor | None) -> "_Room | None":
     return getattr(x, "gradient_room", None)
 
 
+def take_all(rooms: "Sequence[_Room | None]") -> tuple[Tensor | None, ...]:
+    """The places of all parts, or of none, if one has none left."""
+    places = tuple(None if room is None else room.take() for room in rooms)
+    return (None,) * len(places) if any(place is None for place in places) else places
+
+
+def _views(x: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+    parts = x.split([math.prod(shape) for shape in shapes], -1)
+    return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
+
+
 class _Whole:
     """The gradient of what was split, from when the first op asks for a place in it."""
 
-    def __init__(self, x: Tensor, sizes: Sequence[int]) -> None:
-        self.form, self.sizes = {"size": x.shape, "dtype": x.dtype, "device": x.device}, list(sizes)
+    def __init__(self, x: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+        self.form, self.shapes = {"size": x.shape, "dtype": x.dtype, "device": x.device}, shapes
         self.gradient: Tensor | None = None
         self.taken: set[int] = set()
 
@@ -40,7 +52,7 @@ class _Whole:
         """Of all parts."""
         if self.gradient is None:
             self.gradient = torch.empty(**self.form)
-        return self.gradient.split(self.sizes, -1)
+        return _views(self.gradient, self.shapes)
 
     def hand_over(self) -> Tensor:
         """The gradient, which belongs to somebody else now."""
@@ -68,7 +80,7 @@ class _Split(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, whole: _Whole) -> tuple[Tensor, ...]:
         ctx.whole = whole
         ctx.set_materialize_grads(False)
-        return x.split(whole.sizes, -1)
+        return _views(x, whole.shapes)
 
     @staticmethod
     @once_differentiable

@@ -25,6 +25,7 @@ from seqmodels.kernels.direct import direct
 from seqmodels.kernels.discretize import step_size, step_size_gradient
 from seqmodels.kernels.dispatch import triton_form
 from seqmodels.kernels.packing import starts_of_sequences
+from seqmodels.kernels.split import room, take_all
 
 # Chunks that one pass handles together: bounds the (q, q) matrices per pass, in elements; what fits the cache is
 # fastest on a CPU, and a GPU wants enough work per launch.
@@ -426,11 +427,11 @@ _ssd_backward = torch.library.custom_op("longseq::ssd_backward", _backward_in_to
 
 
 @_ssd_backward.register_kernel("cuda")
-def _backward_anywhere(dy, dfinal, x, *others):
+def _backward_anywhere(dy, dfinal, x, *others, places=(None, None, None)):
     form = _gpu_form(x, others[2])
     if form is None:
         return _backward_in_torch(dy, dfinal, x, *others)
-    return form.backward(dy, dfinal, x, *others[:-1])
+    return form.backward(dy, dfinal, x, *others[:-1], None, *take_all(places))
 
 
 @_ssd_backward.register_fake
@@ -444,6 +445,7 @@ def _(dy, dfinal, x, dt, A, B, C, D, dt_bias, starts, run, dt_softplus, dt_min, 
 def _setup_context(ctx, inputs, output):
     x, dt, A, B, C, D, dt_bias, initial_state, run, *ctx.options = inputs
     ctx.state_dtype = None if initial_state is None else initial_state.dtype
+    ctx.places = {"places": (room(x), room(B), room(C))}
     ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, output[2], run)
     ctx.set_materialize_grads(False)  # a final state that nobody uses has no gradient to add
 
@@ -452,8 +454,9 @@ def _backward(ctx, dy, dfinal, dstarts, backward=_ssd_backward):
     x, dt, A, B, C, D, dt_bias, starts, run = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
     dx, ddt, dA, dB, dC, dD, ddt_bias, dstate = backward(
-        dy, dfinal, x, dt, A, B, C, D, dt_bias, starts, run, *ctx.options
-    )
+        dy, dfinal, x, dt, A, B, C, D, dt_bias, starts, run, *ctx.options,
+        **({} if backward is _ssd_backward else ctx.places),
+    )  # fmt: skip
     return (
         dx, ddt, dA, dB, dC, None if D is None else dD.to(D.dtype),
         None if dt_bias is None else ddt_bias.to(dt_bias.dtype),
@@ -503,11 +506,11 @@ def _forward_across(x, dt, A, B, C, D, dt_bias, initial_state, run, softplus, lo
     return _forward_in_torch(x, dt, A, B, C, D, dt_bias, start, run, softplus, low, high, chunk_size)
 
 
-def _backward_across(dy, _, x, dt, A, B, C, D, dt_bias, starts, run, softplus, low, high, chunk_size, enter):
+def _backward_across(dy, _, x, dt, A, B, C, D, dt_bias, starts, run, softplus, low, high, chunk_size, enter, places):
     form = _gpu_form(x, B)
     inputs = x, dt, A, B, C, D, dt_bias, starts, run, softplus, low, high
     if form is not None:
-        return form.backward(dy, _zero_state(x, B), *inputs, enter)
+        return form.backward(dy, _zero_state(x, B), *inputs, enter, *take_all(places))
     dtype = _state_dtype(x)
     decay = (step_size(dt, dt_bias, softplus, (low, high), dtype) * A.to(dtype)).cumsum(1, dtype=torch.float64)
     decay = decay.to(dtype).exp()

@@ -212,7 +212,7 @@ def _outputs(
     other_ptr, tile_ptr, product_ptr, inter_ptr, dD_ptr,
     length, tiles, per_stretch, stretch_0, stored, padded,
     v_b, v_h, m_b, m_g, w_b, w_g, other_b, other_h,
-    v_l: tl.constexpr, m_l: tl.constexpr, w_l: tl.constexpr, other_l: tl.constexpr,
+    v_l: tl.constexpr, m_l: tl.constexpr, w_l: tl.constexpr, other_l: tl.constexpr, out_l: tl.constexpr,
     HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PER_GROUP: tl.constexpr,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     REVERSE: tl.constexpr, GRADIENTS: tl.constexpr, SKIP: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -240,7 +240,7 @@ def _outputs(
     v_ptr += i_b * v_b + i_h * v_h
     m_ptr += i_b * m_b + (i_h // PER_GROUP) * m_g
     w_ptr += i_b * w_b + (i_h // PER_GROUP) * w_g
-    out_ptr += i_b * length * (HEADS * P) + i_h * P
+    out_ptr += i_b * length * out_l + i_h * P
     padded = tl.multiple_of(padded, Q)
     shifted_ptr += (i_b * HEADS + i_h) * padded
     sum_ptr += (i_b * HEADS + i_h) * padded
@@ -250,7 +250,7 @@ def _outputs(
         D = tl.load(D_ptr + i_h).to(tl.float32)
     if SKIP == 2:
         D = tl.load(D_ptr + i_h * P + o_p, mask=o_p < P, other=0.0).to(tl.float32)[None, :]
-    o_v, o_out = o_q[:, None] * v_l + o_p[None, :], o_q[:, None] * (HEADS * P) + o_p[None, :]
+    o_v, o_out = o_q[:, None] * v_l + o_p[None, :], o_q[:, None] * out_l + o_p[None, :]
     o_m, o_w = o_q[:, None] * m_l + o_n[None, :], o_q[:, None] * w_l + o_n[None, :]
     if GRADIENTS:
         other_ptr += i_b * other_b + i_h * other_h
@@ -318,7 +318,7 @@ def _outputs(
                 factor_v += (own * exp2(sums - shifted))[:, None]
             if SKIP != 0 or not REVERSE:
                 out += v.to(tl.float32) * factor_v
-            tl.store(out_ptr + first * (HEADS * P) + o_out, out.to(out_ptr.dtype.element_ty), mask=wide)
+            tl.store(out_ptr + first * out_l + o_out, out.to(out_ptr.dtype.element_ty), mask=wide)
         state = _next(state * factor, m, v, inner, PRECISION)
     if GRADIENTS and not REVERSE and SKIP == 1:
         tl.store(dD_ptr + i_edge, tl.sum(tl.sum(dD, 1), 0))
@@ -343,7 +343,7 @@ def _map_gradients(
     dB_ptr, dC_ptr, passing_ptr, within_ptr,
     length, tiles, tile_0, stored, padded,
     dy_b, dy_h, x_b, x_h, B_b, B_g, C_b, C_g,
-    dy_l: tl.constexpr, x_l: tl.constexpr, B_l: tl.constexpr, C_l: tl.constexpr,
+    dy_l: tl.constexpr, x_l: tl.constexpr, B_l: tl.constexpr, C_l: tl.constexpr, out_l: tl.constexpr,
     HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PER_GROUP: tl.constexpr,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PASSES: tl.constexpr,
@@ -415,8 +415,8 @@ def _map_gradients(
             dB += part
     dscores = dscores.to(x_ptr.dtype.element_ty)
     dC = _dot(dscores, B, dC, PRECISION)
-    o_B = (i_b * length + first) * (GROUPS * N) + i_g * N
-    o_tile = o_q[:, None] * (GROUPS * N) + o_n[None, :]
+    o_B = (i_b * length + first) * out_l + i_g * N
+    o_tile = o_q[:, None] * out_l + o_n[None, :]
     tl.store(dC_ptr + o_B + o_tile, dC.to(dC_ptr.dtype.element_ty), mask=deep)
     # the product is transposed, not its factor: Triton 3.4 to 3.7.0 may miscompile dot(trans(a product), ...)
     dB += tl.trans(_dot(tl.trans(C), dscores, None, PRECISION))
@@ -537,8 +537,8 @@ def forward(
     """
     x, dt, B, C = _ready(x, x.dtype), _ready(dt, dt.dtype), _ready(B, x.dtype), _ready(C, x.dtype)
     A, D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (A, D, dt_bias, initial_state))
-    plan = _forward_plan(x, dt, A, B, C, D, dt_bias, initial_state, run, softplus, low, high)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    plan = _forward_plan(x, dt, A, B, C, D, dt_bias, initial_state, run, y, softplus, low, high)
     starts = torch.empty(plan.edges, dtype=torch.float32, device=x.device)
     final = starts.new_empty(plan.state)
     keep, own = plan.pieces(x)
@@ -556,18 +556,22 @@ def forward(
 def backward(
     dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     dt_bias: Tensor | None, starts: Tensor, run: Tensor | None, softplus: bool, low: float, high: float,
-    enter: Callable | None = None,
+    enter: Callable | None = None, dx: Tensor | None = None, dB: Tensor | None = None, dC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, dt_bias and the initial state.
 
+    Those of x, B and C go into dx, dB and dC if given, parts of one contiguous tensor's rows; else into fresh memory.
     With `enter` the given dfinal is zero, and enter(gradient of the initial state) the one to start from.
     """
-    dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
+    dx, ddt, dB, dC = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) if place is None else place
+        for t, place in ((x, dx), (dt, None), (B, dB), (C, dC))
+    )
     dA, ddt_bias = torch.empty_like(A, memory_format=torch.contiguous_format), starts.new_empty(A.shape)
     dD = starts.new_empty((0,) if D is None else D.shape)
     x, dt, B, C, dy = _ready(x, x.dtype), _ready(dt, dt.dtype), *(_ready(t, x.dtype) for t in (B, C, dy))
     A, D, dt_bias, dfinal = (None if t is None else t.contiguous() for t in (A, D, dt_bias, dfinal))
-    plan = _backward_plan(dy, dfinal, x, dt, A, B, C, D, dt_bias, run, dB, dC, softplus, low, high)
+    plan = _backward_plan(dy, dfinal, x, dt, A, B, C, D, dt_bias, run, dx, dB, dC, softplus, low, high)
     dinitial = starts.new_empty(plan.state)
     ends, keep, taken, given, inter, passing, dD_parts, parts = plan.pieces(x)
     shifted, sums, within = plan.pieces_of_sums(x)
@@ -670,19 +674,19 @@ class _Plan:
             N=self.shape["N"], BLOCK_P=block_p, BLOCK_N=block_n, BLOCK=128, REVERSE=reverse, num_warps=4,
         )  # fmt: skip
 
-    def make_outputs(self, v, m, w, D, first, last, *, reverse, other=None, stored=0):
-        """What leaves the stretches `first` to `last`."""
+    def make_outputs(self, v, m, w, D, out, first, last, *, reverse, other=None, stored=0):
+        """What leaves the stretches `first` to `last`, in rows as far apart as those of `out`."""
         return Launch(
             _outputs, (self.rows, last - first, self.b), self.l, self.tiles, self.per_stretch, first, stored,
             self.padded, *_outer(v), *_outer(m), *_outer(w), *((0, 0) if other is None else _outer(other)),
             v_l=v.stride(1), m_l=m.stride(1), w_l=w.stride(1), other_l=0 if other is None else other.stride(1),
-            **self.shape, REVERSE=reverse, GRADIENTS=other is not None, SKIP=0 if D is None else D.dim(),
-            STAGES=self.config["num_stages"] if reverse or other is None else None,
+            out_l=out.stride(1), **self.shape, REVERSE=reverse, GRADIENTS=other is not None,
+            SKIP=0 if D is None else D.dim(), STAGES=self.config["num_stages"] if reverse or other is None else None,
             AHEAD=v.is_cuda and self.config["num_stages"] < 3, **self.config,
         )  # fmt: skip
 
-    def make_map_gradients(self, dy, x, B, C, first, last, stored):
-        """dB and dC of the stretches `first` to `last`."""
+    def make_map_gradients(self, dy, x, B, C, dB, first, last, stored):
+        """dB and dC of the stretches `first` to `last`, both in rows as far apart as those of dB."""
         # one pass for large states, where reading them costs the most: 0.60 ms instead of 0.70 at h = 32, n = 128, and
         # 0.58 instead of 0.46 at h = 8, n = 64
         passes, config = 2, self.config
@@ -693,23 +697,23 @@ class _Plan:
         return Launch(
             _map_gradients, (tiles * self.groups, self.b), self.l, self.tiles, tile_0, stored, self.padded,
             *_outer(dy), *_outer(x), *_outer(B), *_outer(C), dy_l=dy.stride(1), x_l=x.stride(1), B_l=B.stride(1),
-            C_l=C.stride(1), **self.shape, PASSES=passes, STAGES=config["num_stages"], **config,
+            C_l=C.stride(1), out_l=dB.stride(1), **self.shape, PASSES=passes, STAGES=config["num_stages"], **config,
         )  # fmt: skip
 
 
 class _ForwardPlan(_Plan):
-    def __init__(self, x, dt, A, B, C, D, bias, initial, run, softplus, low, high):
+    def __init__(self, x, dt, A, B, C, D, bias, initial, run, y, softplus, low, high):
         super().__init__(x, B, run)
         self.pieces = Pieces(torch.float32, self.edges[:3], (self.b, self.groups, self.padded))
         self.pieces_of_sums = Pieces(self.sums_dtype, *[(self.b, self.h, self.padded)] * 2)
         self.decays = self.make_decays(dt, B, C, softplus, low, high)
         self.ends = self.make_ends(x, B, reverse=False)
         self.chain = self.make_chain(reverse=False)
-        self.outputs = self.make_outputs(x, B, C, D, 0, self.stretches, reverse=False)
+        self.outputs = self.make_outputs(x, B, C, D, y, 0, self.stretches, reverse=False)
 
 
 class _BackwardPlan(_Plan):
-    def __init__(self, dy, dfinal, x, dt, A, B, C, D, bias, run, dB, dC, softplus, low, high):
+    def __init__(self, dy, dfinal, x, dt, A, B, C, D, bias, run, dx, dB, dC, softplus, low, high):
         super().__init__(x, B, run)
         b, h, rows, (block_n, block_p) = self.b, self.h, self.rows, self.edges[3:]
         low, high, skip = float(low), float(high), 0 if D is None else D.dim()
@@ -734,9 +738,9 @@ class _BackwardPlan(_Plan):
         for first in range(0, self.stretches, part):
             cut = first, min(first + part, self.stretches)
             self.passes.append((
-                self.make_outputs(x, B, C, D, *cut, reverse=False, other=dy, stored=stored),
-                self.make_outputs(dy, C, B, D, *cut, reverse=True, other=x, stored=stored),
-                self.make_map_gradients(dy, x, B, C, *cut, stored),
+                self.make_outputs(x, B, C, D, dx, *cut, reverse=False, other=dy, stored=stored),
+                self.make_outputs(dy, C, B, D, dx, *cut, reverse=True, other=x, stored=stored),
+                self.make_map_gradients(dy, x, B, C, dB, *cut, stored),
             ))  # fmt: skip
         block_h = min(16, triton.next_power_of_2(h))
         self.step_gradients = Launch(

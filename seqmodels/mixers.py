@@ -96,7 +96,8 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, SSMState]:
         """(b, l, d) -> (b, l, d) and the state after the last real step."""
         n = self.config.d_state
-        before, z = split(self.in_proj(x), [self.in_proj.out_features // 2] * 2)
+        inner = (self.in_proj.out_features // 2,)
+        before, z = split(self.in_proj(x), inner, inner)
         exchange = None if self.ranks is None else self.ranks.exchange(lengths, seq_idx)
         one_step = exchange is None and _is_step(x, state, lengths, seq_idx)
         A = -_wide(self.A_log).exp()
@@ -171,18 +172,16 @@ class Mamba2(nn.Module):
         one_step = exchange is None and _is_step(x, state, lengths, seq_idx)
         if one_step and state is not None and self._compiled_step_takes(x, state):
             return self._compiled_step(x, state)
-        inner = self.splits[0]
-        g, n = config.n_groups, config.d_state
-        z, before, dt = split(self.in_proj(x), self.splits)
+        inner, channels, heads = self.splits
+        maps = config.n_groups, config.d_state
+        z, before, dt = split(self.in_proj(x), (inner,), (channels,), (heads,))
         A, bias, D = -_wide(self.A_log).exp(), _wide(self.dt_bias), _wide(self.D)
         D = D.view(-1, config.head_dim) if config.D_has_head_dim else D
         with forgotten(self.forgetful) as forget:
             convolve = partial(_convolve, self.conv1d, before, state, lengths, seq_idx, one_step, exchange)
             xBC, conv_state = convolve()
             forget(xBC, lambda: convolve()[0])
-            x, B, C = xBC.split([inner, g * n, g * n], -1)
-            x = x.unflatten(-1, (-1, config.head_dim))
-            B, C = B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
+            x, B, C = split(xBC, (heads, config.head_dim), maps, maps)
             if one_step and state is not None:
                 y, ssm = ssd_step(
                     x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, None, bias, dt_softplus=True, dt_limit=config.dt_limit,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from seqmodels.config import Mamba2Config, MambaConfig
 from seqmodels.kernels import causal_conv1d as conv_file
 from seqmodels.kernels import rms_norm as norm_file
+from seqmodels.kernels import ssd as ssd_file
 from seqmodels.kernels.causal_conv1d import causal_conv1d
 from seqmodels.kernels.rms_norm import rms_norm
 from seqmodels.kernels.split import room, split
@@ -26,12 +27,14 @@ def forms(request, monkeypatch):
         for file in (conv_file, norm_file):
             form = importlib.import_module(f"{file.__name__}_triton")
             monkeypatch.setattr(file, "triton_form", lambda *_, form=form: form)
+        form = importlib.import_module("seqmodels.kernels.ssd_triton")
+        monkeypatch.setattr(ssd_file, "_gpu_form", lambda *_: form)
     return request.param
 
 
 def gradients(parts_of, x, use):
     x = x.clone().requires_grad_()
-    use(parts_of(2 * x, [8, 16, 4])).backward()
+    use(parts_of(2 * x, (8,), (16,), (4,))).backward()
     return x.grad
 
 
@@ -48,12 +51,12 @@ WEIGHT, SCALE = torch.randn(16, 4, generator=torch.Generator().manual_seed(1)), 
 def test_however_the_parts_are_used_the_gradient_is_that_of_a_plain_split(forms, use):
     x = torch.randn(2, 20, 28, generator=torch.Generator().manual_seed(0))
     got = gradients(split, x, lambda parts: USES[use](*parts))
-    want = gradients(lambda x, sizes: x.split(sizes, -1), x, lambda parts: USES[use](*parts))
+    want = gradients(lambda x, *_: x.split([8, 16, 4], -1), x, lambda parts: USES[use](*parts))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_an_op_that_can_writes_its_gradient_where_it_belongs_and_a_second_one_does_not():
-    part = split(torch.randn(2, 20, 28, requires_grad=True) * 1, [8, 16, 4])[1]
+    part = split(torch.randn(2, 20, 28, requires_grad=True) * 1, (8,), (16,), (4,))[1]
     place = room(part).take()
     assert place.shape == part.shape
     assert place.stride() == part.stride()
@@ -63,7 +66,7 @@ def test_an_op_that_can_writes_its_gradient_where_it_belongs_and_a_second_one_do
 
 def test_a_second_way_back_does_not_write_into_the_first_ones_gradient():
     x = torch.randn(2, 20, 28, requires_grad=True)
-    z, u, _ = split(x * 1, [8, 16, 4])
+    z, u, _ = split(x * 1, (8,), (16,), (4,))
     loss = causal_conv1d(u, WEIGHT)[0].square().sum() + z.sum()
     (first,) = torch.autograd.grad(loss, x, retain_graph=True)
     kept = first.clone()
@@ -87,3 +90,13 @@ def test_a_mixers_gradients_are_those_in_float64(forms, config):
         found.append([loss, *torch.autograd.grad(loss, [inputs, *one.parameters()])])
     for got, want in zip(*found, strict=True):
         assert (got.double() - want).norm() <= 1e-5 * want.norm() + 1e-7
+
+
+def test_of_a_mamba2_layers_gradients_only_that_of_dt_is_copied(forms, monkeypatch):
+    if forms == "plain":
+        pytest.skip("these forms have places of their own")
+    mixer, plain, copied = build_mixer(Mamba2Config(head_dim=8, d_state=4), 16), torch.Tensor.copy_, []
+    y, _ = mixer(torch.randn(2, 20, 16, requires_grad=True))
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, x: copied.append(tuple(to.shape)) or plain(to, x))
+    y.sum().backward()
+    assert [shape for shape in copied if shape[:2] == (2, 20)] == [(2, 20, 4)]
