@@ -2,10 +2,10 @@
 
     python benchmarks/variants.py Z.vcf.gz Z.fa.gz MODEL... [--context 1024] [--device auto] [--name variants]
 
-Common: frequency of at least 5 %, rare: below 1 %; single bases only, transitions and
-transversions also by themselves, since they differ in frequency. Larger llr and smaller distance should mean common. Beside
-the models stands `transition` (1 or 0). The intervals resample the variants (1,000 times, 95 %); neighbours are not
-independent, so that they are rather too narrow.
+Common: frequency of at least 5 %, rare: below 1 %; single bases only, transitions and transversions also by themselves,
+since they differ in frequency. Larger llr and smaller distance should mean common. Beside the models stands
+`transition` (1 or 0). The intervals resample the variants (1,000 times, 95 %); neighbours are not independent, so that
+they are rather too narrow.
 """
 
 import argparse
@@ -24,12 +24,12 @@ _TRANSITIONS = {("A", "G"), ("G", "A"), ("C", "T"), ("T", "C")}
 
 def auroc(common: np.ndarray, score: np.ndarray) -> dict[str, float]:
     """AUROC and its bootstrap interval."""
-    rng, values = np.random.default_rng(0), []
+    rng, values = np.random.default_rng(0), [roc_auc_score(common, score)]
     for _ in range(1000):
         drawn = rng.integers(len(common), size=len(common))
         values.append(roc_auc_score(common[drawn], score[drawn]))
-    low, high = np.percentile(values, (2.5, 97.5))
-    return {"auroc": round(float(roc_auc_score(common, score)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+    found = (values[0], *np.percentile(values[1:], (2.5, 97.5)))
+    return {name: round(float(value), 4) for name, value in zip(("auroc", "low", "high"), found, strict=True)}
 
 
 def main() -> None:
