@@ -108,9 +108,12 @@ class _Help(DefaultHelpFormatter):
 
 
 class _Parser(ArgumentParser):
-    """jsonargparse with what a shell user expects: --long-flags with dashes, switches without a value, -o and -n."""
+    """jsonargparse with what a shell user expects.
 
-    short: typing.ClassVar = {"--output": "-o", "--number": "-n"}
+    --long-flags with dashes, switches without a value, flags of lists that may be given several times, -o and -n.
+    """
+
+    short: typing.ClassVar = {"--output": "-o", "--number": "-n", "--bed": "--intervals"}
 
     def spelled_out(self, words: list[str]) -> list[str]:
         """The same words as jsonargparse spells them: --batch_tokens, --include_prompt=true, --output."""
@@ -126,6 +129,8 @@ class _Parser(ArgumentParser):
                     name, equals, value = name, "=", "true"
                 elif not equals and name.startswith("--no_") and self._is_switch(known.get(negated)):
                     name, equals, value = negated, "=", "false"
+                elif self._is_list(known.get(name)):
+                    name += "+"
                 word = name + equals + value
             else:
                 word = long.get(word, word)
@@ -135,6 +140,12 @@ class _Parser(ArgumentParser):
     @staticmethod
     def _is_switch(action: Any) -> bool:
         return getattr(action, "_typehint", None) is bool
+
+    @staticmethod
+    def _is_list(action: Any) -> bool:
+        hint = getattr(action, "_typehint", None)
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return len(kinds) == 1 and typing.get_origin(kinds[0]) is list
 
     def format_help(self) -> str:
         """Help with dashes in the flags, as they are best typed."""

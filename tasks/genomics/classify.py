@@ -1,9 +1,8 @@
-"""`longseq dna classify`: FASTA files in, a table with one row per record out."""
+"""`longseq dna classify`: FASTA files in, a table with one row per record, interval or window out."""
 
-import itertools
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
@@ -12,23 +11,29 @@ import numpy as np
 from tqdm import tqdm
 
 from seqmodels.errors import InputError
-from seqmodels.tasks.genomics.fasta import FastaReader, Record
+from seqmodels.tasks.genomics.indexed import IndexedFasta
 from seqmodels.tasks.genomics.inference import (
-    Alone,
     Answer,
     Dtype,
     Facts,
     Logits,
     Reading,
-    Together,
+    Strand,
+    Strands,
     opened,
     probabilities,
     serve_first,
 )
+from seqmodels.tasks.genomics.intervals import parse_region, read_intervals
+from seqmodels.tasks.genomics.manifest import manifest_of, write_manifest
+from seqmodels.tasks.genomics.pieces import ANSWERED, Cut, Intervals, Records
 from seqmodels.tasks.genomics.table import Format, Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.tokens import Tokens
+from seqmodels.tasks.genomics.tracks import TrackFormat, Tracks
 from seqmodels.workers import LostWorker, dismiss
 
+_PLACED = ["file", "seq", "start", "end", "name", "strand", "length", "model"]
+_SHOWN_PLACED = ["seq", "start", "end", "name", "strand", "label", "prob", "status", "note"]
 _IDENTITY = ["file", "record_id", "length", "model"]  # a row with these is the same row when work is resumed
 _ROWS = 1 << 18  # that wait at most for those before them
 _SHOWN = ["record_id", "length", "n_frac", "label", "prob", "status", "note"]
@@ -39,6 +44,14 @@ def classify(
     model: str = "enterobacteria",
     output: Path | None = None,
     format: Format | None = None,
+    region: list[str] | None = None,
+    bed: Path | None = None,
+    feature: list[str] | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    track: Path | None = None,
+    track_format: TrackFormat = "bedgraph",
+    strand: Strand = "fwd",
     device: str = "auto",
     dtype: Dtype = "float32",
     batch_tokens: int | None = None,
@@ -49,7 +62,13 @@ def classify(
     resume: bool = False,
     quiet: bool = False,
 ) -> int:
-    """Classify the records of FASTA files: one row per record, in the order of the input.
+    """Classify the records of FASTA files, or parts of them: one row each, in the order of the input.
+
+    By default each record of the FASTA files is classified as a whole. Parts of them instead:
+
+        longseq dna classify genome.fa --region chr1:1,000-2,000 --region chr2      # as samtools writes regions
+        longseq dna classify genome.fa --bed genes.gff3 --feature gene -o genes.tsv # each interval of a file
+        longseq dna classify genome.fa --window 8192 --stride 4096 -o windows.tsv --track windows  # along all records
 
     Columns: record_id and description (first word and rest of the header), file, length, n_frac (part of the bases
     that the model sees as N), ambiguous (bases written with another code than A, C, G, T, U or N), softmask_frac (part
@@ -57,6 +76,15 @@ def classify(
     reading, model. The status is ok, or duplicate (the name occurred before in this file; still classified), empty,
     only_n, invalid (a character that is no base; the note says which and where), truncated (the file breaks off inside
     this record) or too_long (only with --reading two-sweeps: not enough memory); these have no label.
+
+    With --region, --bed or --window the columns seq, start, end, name and strand take the place of record_id and
+    description. They are those of BED: the first base is 0, and end is the base after the last. padded counts the bases
+    of an interval beyond the end of its sequence, which are read as N. The status may also be missing (the FASTA has no
+    such sequence) or outside (the interval begins beyond the end of its sequence). An interval on the minus strand is
+    read as its reverse complement, and its windows are taken in this direction.
+
+    Beside the file of the table, <output>.json says how it was made: versions, model and files with checksums or sizes,
+    settings, and how many rows have which status.
 
     The column reading says how the model has read the record. whole: at once. chunks: piece by piece, for models that
     read in one direction; the same answer as at once. two-sweeps: piece by piece, for models that read in both
@@ -67,6 +95,23 @@ def classify(
         files: FASTA files, plain or compressed with gzip or BGZF; - is standard input.
         model: Name of a shipped model, folder of a trained one, or its id on the Hugging Face hub.
         output: File for the table; without it the table goes to the screen.
+        region: Part of a sequence, like chr1:1,000-2,000 (the first base is 1, and 2,000 is part of it), chr1:1000 (to
+            the end) or chr1; may be given several times.
+        bed: File of intervals to classify, instead of whole records: BED, or GFF3 or GTF if its suffix is .gff, .gff3
+            or .gtf; also compressed with gzip. FASTA that is not plain or BGZF is unpacked into a temporary file.
+        feature: Of GFF3 or GTF, take only lines of this feature (third column), like gene or CDS; may be given several
+            times; otherwise all lines are taken.
+        window: Classify windows of so many bases along the records or intervals, a row each. The last window is moved
+            back to end at the end; where there are fewer bases, it is all there are.
+        stride: Bases from the beginning of one window to that of the next; otherwise windows lie side by side.
+        track: Beginning of the names of files for a genome browser. For each class the probability along the sequences
+            is in PREFIX.<class>.bedgraph (or .bw, or .bed with the score); where windows overlap, it is their mean.
+            PREFIX.labels.bed has the class with the highest one, adjacent stretches of the same class joined.
+        track_format: bedgraph, bigwig (needs pip install pyBigWig) or bed.
+        strand: Which strand is read. fwd: as written (that of an interval, if it has one); rev: the other one, as
+            reverse complement; both: the label comes from the mean of the logits of both, with the columns label_fwd,
+            label_rev and strand_delta (the largest difference between the probabilities of a class). rev and both hold
+            a record in memory, with a byte per base.
         format: Format of the table; otherwise the suffix of the output says it (.tsv, .tsv.gz, .csv, .jsonl, .parquet).
         device: auto, cpu, cuda or cuda:<number>.
         devices: GPUs of this machine (or processes, on a CPU) that share the work. Each record goes to one of them; the
@@ -93,87 +138,156 @@ def classify(
         return 0
     if output is not None and any(str(f) != "-" and f.exists() and output.resolve() == f.resolve() for f in files):
         raise InputError(f"the output {output} is also an input; give another name")
-    _check_output(output, format, resume)
+    identity = _IDENTITY if region is bed is window is None else _PLACED
+    TableWriter(output, {}, format, resume=identity if resume else ())  # says early what cannot be written
+    if output is not None:
+        check_writable(output)
     if resume and output is not None and output.exists() and not part_of(output).exists():
         print(f"{output} is there and whole: nothing to resume", file=sys.stderr)
         dismiss()
         return 0
-    problems: list[list[str]] = [[] for _ in files]
-    statuses: list[Counter[str]] = [Counter() for _ in files]
+    cut = _cut(window, stride)
+    sources = _sources(files, region, bed, feature, cut)
+    if track is not None and identity is _IDENTITY:
+        raise InputError("a track needs places along sequences; give --window, --bed or --region too")
+    tracks = None if track is None else Tracks(track, track_format)
+    problems: list[list[str]] = [[] for _ in sources]
+    statuses: list[Counter[str]] = [Counter() for _ in sources]
     progress = tqdm(unit="base", unit_scale=True, disable=quiet or not sys.stderr.isatty())
     with (
         opened(device, devices, **options) as engine,
-        TableWriter(output, _columns(engine.facts), format, _SHOWN, _IDENTITY if resume else ()) as table,
+        TableWriter(
+            output,
+            _columns(engine.facts, identity is _PLACED, strand),
+            format,
+            _SHOWN if identity is _IDENTITY else _SHOWN_PLACED,
+            identity if resume else (),
+        ) as table,
         progress,
     ):
+        facts = engine.facts
         try:
-            for file, rows in _classified(files, engine, table.kept, problems):
+            for place, rows in _classified(sources, Strands(engine, strand), table.kept, problems):
                 table.write(rows)
-                statuses[file].update(row["status"] for row in rows)
+                statuses[place].update(row["status"] for row in rows)
+                if tracks is not None:
+                    tracks.add(rows, facts.classes)
                 progress.update(sum(row["length"] for row in rows))
         except LostWorker as error:
             kept = table.keep()
             way_on = f"the rows before it are in {kept}: go on with --resume" if kept else "start again"
             raise LostWorker(f"{error}; {way_on}") from None
-        for path, said, counts in zip(files, problems, statuses, strict=True):
-            if bad := {status: count for status, count in counts.items() if status != "ok"}:
-                what = ", ".join(f"{count} {status}" for status, count in sorted(bad.items()))
+        what, fine = _what(identity, cut), ("ok", "only_n") if cut else ("ok",)
+        for source, said, counts in zip(sources, problems, statuses, strict=True):
+            if bad := {status: count for status, count in counts.items() if status not in fine}:
+                those = ", ".join(f"{count} {status}" for status, count in sorted(bad.items()))
                 said.append(
-                    f"{FastaReader(path).name}: {sum(bad.values())} of {counts.total()} records are not ok ({what}); "
+                    f"{source.name}: {sum(bad.values())} of {counts.total()} {what} are not ok ({those}); "
                     "see the columns status and note"
                 )
         all_said = [line for said in problems for line in said]
         if not any(statuses):
             raise InputError("; ".join(all_said) or "no FASTA file was given; name at least one, or -")
+        written = tracks.write({k: v for source in sources for k, v in source.lengths.items()}) if tracks else []
+        if output is not None:
+            manifest_of(output).unlink(missing_ok=True)  # none that speaks of another table
+    if output is not None:
+        settings = {"strand": strand, "window": window, "stride": cut and cut.stride, "region": region}
+        settings |= {"bed": bed, "feature": feature, "format": format, "device": device, "devices": devices}
+        write_manifest(
+            output,
+            options.pop("model"),
+            inputs=[*files, *([bed] if bed else [])],
+            outputs=written,
+            settings=settings | options | {"batch_tokens": facts.batch_tokens},
+            counts=sum(statuses, Counter()),
+            problems=all_said,
+        )
     for line in all_said:
         print(f"longseq: {line}", file=sys.stderr)
     return 2 if all_said else 0
 
 
-def _check_output(output: Path | None, format: Format | None, resume: bool) -> None:
-    """Says early, before a model is loaded, that a table cannot be written."""
-    TableWriter(output, {}, format, resume=_IDENTITY if resume else ())
-    if output is not None:
-        check_writable(output)
+def _cut(window: int | None, stride: int | None) -> Cut | None:
+    for name, value in (("window", window), ("stride", stride)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    if window is None:
+        if stride is not None:
+            raise InputError(f"stride is {stride}, but there are no windows; give --window too")
+        return None
+    return Cut(window, stride or window)
 
 
-def _columns(facts: Facts) -> dict[str, type]:
-    columns: dict[str, type] = {"record_id": str, "description": str, "file": str, "length": int, "n_frac": float}
+def _sources(
+    files: list[Path], region: list[str] | None, bed: Path | None, feature: list[str] | None, cut: Cut | None
+) -> Sequence[Records | Intervals]:
+    """What there is to classify; intervals are read, and their genomes opened, at once."""
+    if region is None and bed is None:
+        if feature is not None:
+            raise InputError("--feature is for the lines of a GFF3 or GTF file; give --bed too")
+        return [Records(path, cut) for path in files]
+    if not files:
+        raise InputError("no FASTA file was given; name the one that has the sequences of the intervals")
+    intervals = [] if bed is None else list(read_intervals(bed, feature))
+    if bed is not None and not intervals:
+        raise InputError(f"{bed} has no intervals{' of these features' if feature else ''}; nothing can be classified")
+    genomes = [IndexedFasta(path) for path in files]
+    lengths = {seq: length for genome in genomes for seq, length in genome.lengths.items()}
+    intervals += [parse_region(text, lengths) for text in region or ()]
+    return [Intervals(genomes, intervals, " and ".join(map(str, ([bed] if bed else []) + (region or [])[:3])), cut)]
+
+
+def _what(identity: list[str], cut: Cut | None) -> str:
+    return "windows" if cut else "records" if identity is _IDENTITY else "intervals"
+
+
+def _columns(facts: Facts, placed: bool, strand: Strand) -> dict[str, type]:
+    if placed:
+        columns: dict[str, type] = {"seq": str, "start": int, "end": int, "name": str, "strand": str, "file": str}
+        columns |= {"length": int, "padded": int, "n_frac": float}
+    else:
+        columns = {"record_id": str, "description": str, "file": str, "length": int, "n_frac": float}
     columns |= {"ambiguous": int, "softmask_frac": float, "label": str, "prob": float}
+    if strand == "both":
+        columns |= {"strand_delta": float, "label_fwd": str, "label_rev": str}
     columns |= {f"p_{name}": float for name in facts.classes}
     columns |= {f"logit_{name}": float for name in facts.classes}
-    return columns | {"status": str, "note": str, "reading": str, "model": str}
+    columns |= {"status": str, "note": str, "reading": str, "model": str}
+    return columns if strand == "fwd" else columns | {"strands": str}
 
 
 class _Group(NamedTuple):
     """Rows that follow each other in one file, and what is still to come for some of them."""
 
     rows: list[Row]
-    answers: list[tuple[list[Row], Future]]
-    "Rows with their logits (rows, classes), or one row with its Answer."
+    answers: list[tuple[list[Row], tuple[Future, ...]]]
+    "Rows with their logits (rows, classes), or one row with its Answer, of each strand."
 
     def done(self) -> bool:
         """Whether all answers are there."""
-        return all(future.done() for _, future in self.answers)
+        return all(future.done() for _, futures in self.answers for future in futures)
 
     def finished(self, facts: Facts) -> list[Row]:
         """The rows with their answers; waits for them."""
-        for rows, future in self.answers:
-            answer = future.result()
-            if not isinstance(answer, Answer):
-                for row, logits in zip(rows, answer, strict=True):
+        for rows, futures in self.answers:
+            strands = [future.result() for future in futures]
+            if not isinstance(strands[0], Answer):
+                for row, *logits in zip(rows, *strands, strict=True):
                     _predict(row, logits, facts.classes, "whole")
-            elif answer.logits is None:
-                rows[0].update(status="too_long", note=answer.note)
+            elif lost := next((answer for answer in strands if answer.logits is None), None):
+                rows[0].update(status="too_long", note=lost.note)
             else:
-                _predict(rows[0], answer.logits, facts.classes, answer.reading)
+                readings = {answer.reading for answer in strands}
+                reading = "windows" if "windows" in readings else strands[0].reading
+                _predict(rows[0], [answer.logits for answer in strands], facts.classes, reading)
         return self.rows
 
 
 def _classified(
-    files: list[Path], engine: Alone | Together, kept: int, problems: list[list[str]]
+    sources: Sequence[Records | Intervals], engine: Strands, kept: int, problems: list[list[str]]
 ) -> Iterator[tuple[int, list[Row]]]:
-    """Rows of all files in order, a few batches at a time, with the place of their file; what goes wrong per file.
+    """Rows of all sources in order, a few batches at a time, with the place of theirs; what goes wrong per source.
 
     The first `kept` rows may lack their predictions. The others do not depend on `kept`, not in their last digit: they
     go through the model with the same neighbours.
@@ -184,15 +298,15 @@ def _classified(
     def finished(everything: bool) -> Iterator[tuple[int, list[Row]]]:
         nonlocal waiting
         while pending and (everything or waiting > _ROWS or pending[0][1].done()):
-            file, group = pending.popleft()
+            place, group = pending.popleft()
             waiting -= len(group.rows)
-            yield file, group.finished(engine.facts)
+            yield place, group.finished(engine.facts)
 
     try:
-        for file, path in enumerate(files):
-            groups = _groups(FastaReader(path), engine, kept - given)
-            while (group := _next(groups, problems[file])) is not None:
-                pending.append((file, group))
+        for place, source in enumerate(sources):
+            groups = _groups(source, engine, kept - given)
+            while (group := _next(groups, problems[place])) is not None:
+                pending.append((place, group))
                 given, waiting = given + len(group.rows), waiting + len(group.rows)
                 yield from finished(False)
     except LostWorker:
@@ -212,11 +326,10 @@ def _next(groups: Iterator[_Group], problems: list[str]) -> _Group | None:
         return None
 
 
-def _groups(reader: FastaReader, engine: Alone | Together, kept: int) -> Iterator[_Group]:
-    """The records of a file, asked about in groups; what was read before a problem comes first."""
+def _groups(source: Records | Intervals, engine: Strands, kept: int) -> Iterator[_Group]:
+    """The pieces of a source, asked about in groups; what was read before a problem comes first."""
     facts = engine.facts
     waiting: list[tuple[Row, Tokens | None]] = []
-    names: set[str] = set()
     given = held = 0
 
     def flush() -> _Group:
@@ -226,29 +339,25 @@ def _groups(reader: FastaReader, engine: Alone | Together, kept: int) -> Iterato
         known = [] if given <= kept else [(row, tokens) for row, tokens in waiting if tokens is not None]
         waiting.clear()
         asked = engine.batch([tokens for _, tokens in known]) if known else []
-        return _Group(rows, [([known[i][0] for i in places], future) for places, future in asked])
+        return _Group(rows, [([known[i][0] for i in places], futures) for places, futures in asked])
 
     try:
-        for record in reader:
-            tokens, rest = _read_ahead(record, facts.longest_batched)
-            future = None
-            if rest is not None:
+        for piece in source.pieces(facts.longest_batched):
+            futures = None
+            if piece.rest is not None:
                 if waiting:  # rows in order, and soon
                     yield flush()
-                future = engine.stream(rest) if given >= kept else None
-                for _ in rest:  # complete the counts
+                futures = engine.stream(piece.rest) if given >= kept else None
+                for _ in piece.rest:  # complete the counts
                     pass
-            row = _describe(record, reader.name) | {"model": facts.name}
-            if row["status"] == "ok" and record.name in names:
-                row |= {"status": "duplicate", "note": f"record {record.number} has the name of an earlier one"}
-            names.add(record.name)
-            answerable = row["status"] in ("ok", "duplicate")
-            if rest is not None:
+            row = piece.describe() | {"model": facts.name, "strands": engine.strand}
+            answerable = row["status"] in ANSWERED
+            if piece.rest is not None:
                 given += 1
-                yield _Group([row], [([row], future)] if answerable and future is not None else [])
+                yield _Group([row], [([row], futures)] if answerable and futures is not None else [])
                 continue
-            waiting.append((row, tokens if answerable else None))
-            held += len(tokens) if answerable else 0
+            waiting.append((row, piece.tokens if answerable else None))
+            held += len(piece.tokens) if answerable else 0
             if held >= 8 * facts.batch_tokens or len(waiting) >= 4096:  # enough to sort by length
                 yield flush()
     except LostWorker:
@@ -261,48 +370,14 @@ def _groups(reader: FastaReader, engine: Alone | Together, kept: int) -> Iterato
         yield flush()
 
 
-def _read_ahead(record: Record, limit: int) -> tuple[Tokens, Iterator[Tokens] | None]:
-    """All tokens and None if the record has at most `limit`; otherwise nothing and an iterator over all its chunks."""
-    parts: list[Tokens] = []
-    held = 0
-    for chunk in record.chunks():
-        parts.append(chunk)
-        held += len(chunk)
-        if held > limit:
-            return np.zeros(0, dtype=np.uint8), itertools.chain(parts, record.chunks())
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint8), None
-
-
-def _describe(record: Record, file: str) -> Row:
-    """The part of a row that needs no model; call it when the record has been read to its end."""
-    counts = record.counts
-    row: Row = {"record_id": record.name, "description": record.description, "file": _printable(file)}
-    row |= {"length": counts.length, "ambiguous": counts.ambiguous, "status": "ok", "note": ""}
-    row |= (
-        {"n_frac": counts.unknown / counts.length, "softmask_frac": counts.soft_masked / counts.length}
-        if (counts.length)
-        else {"n_frac": None, "softmask_frac": None}
-    )
-    if record.truncated:
-        row |= {"status": "truncated", "note": f"the file breaks off after {counts.length} bases of this record"}
-    elif counts.invalid:
-        position, character = counts.invalid
-        row |= {"status": "invalid", "note": f"{character!r} at position {position} is no base"}
-    elif not counts.length:
-        row |= {"status": "empty", "note": "no bases"}
-    elif counts.unknown == counts.length:
-        row |= {"status": "only_n", "note": "no A, C, G or T"}
-    return row
-
-
-def _predict(row: Row, logits: Logits, classes: tuple[str, ...], reading: str) -> None:
-    """Adds the columns that come from logits (classes,), and how they came about."""
+def _predict(row: Row, strands: list[Logits], classes: tuple[str, ...], reading: str) -> None:
+    """Adds the columns that come from the logits (classes,) of the strands that were read, and how they came about."""
+    logits = np.mean(strands, axis=0)
     chances = probabilities(logits)
     best = int(logits.argmax())
+    each = probabilities(np.stack(strands))
+    labels = [classes[i] for i in each.argmax(-1)]
     row |= {"label": classes[best], "prob": float(chances[best]), "reading": reading}
+    row |= {"strand_delta": float(np.ptp(each, axis=0).max()), "label_fwd": labels[0], "label_rev": labels[-1]}
     row |= {f"p_{name}": float(p) for name, p in zip(classes, chances, strict=True)}
     row |= {f"logit_{name}": float(v) for name, v in zip(classes, logits, strict=True)}
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)

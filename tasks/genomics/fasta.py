@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from seqmodels.errors import InputError
-from seqmodels.tasks.genomics.tokens import Counts, Tokens, encode
+from seqmodels.tasks.genomics.tokens import Counts, Tokens, encode_marked, tokens_of
 
 BLOCK = 1 << 17
 "Bytes read at a time."
@@ -44,15 +44,16 @@ class Record:
     "Statistics of what has been read so far; complete once the chunks are used up."
     truncated: bool = False
     "Whether the file broke off inside this record."
-    _chunks: Iterator[Tokens] = field(default_factory=lambda: iter(()), repr=False)
+    marked: Iterator[Tokens] = field(default_factory=lambda: iter(()), repr=False)
+    "Chunks (l,) of marked tokens of at most BLOCK bases; they end before the first invalid character."
 
-    def chunks(self) -> Iterator[Tokens]:
-        """Chunks (l,) of tokens of at most BLOCK bases; they end before the first invalid character."""
-        return self._chunks
+    def chunks(self, keep_case: bool = False) -> Iterator[Tokens]:
+        """The same chunks without marks; `keep_case` as for tokens.encode."""
+        return (tokens_of(marked, keep_case) for marked in self.marked)
 
     def tokens(self) -> Tokens:
         """All tokens (l,) at once, for records that are known to fit into memory."""
-        parts = list(self._chunks)
+        parts = list(self.chunks())
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint8)
 
 
@@ -62,33 +63,19 @@ class FastaReader:
     The error comes at the first step if nothing can be read, and after the last readable record otherwise.
     """
 
-    def __init__(self, path: Path | str, keep_case: bool = False):
-        """`keep_case` as for tokens.encode."""
-        self._keep_case = keep_case
+    def __init__(self, path: Path | str):
         self.name = "standard input" if str(path) == "-" else str(path)
         self._path = path
         self._problem: str | None = None
         self._broken = False  # the bytes ended too early
-        self._bgzf: _Bgzf | None = None
+        self._bgzf: Bgzf | None = None
 
     def __iter__(self) -> Iterator[Record]:
-        raw = _open(self._path, self.name)
-        with raw:
-            yield from self._records(self._decompressed(raw))
+        with open_bytes(self._path, self.name) as raw:
+            stream, self._bgzf = decompressed(raw, self.name)
+            yield from self._records(stream)
         if self._problem:
             raise InputError(self._problem)
-
-    def _decompressed(self, raw: io.BufferedReader) -> io.BufferedIOBase:
-        head = raw.peek(64)[:64]
-        if head[:2] == b"\x1f\x8b":
-            if head[3:4] != b"\x04" or head[12:14] != b"BC":
-                return gzip.GzipFile(fileobj=raw)
-            self._bgzf = _Bgzf(raw)
-            return gzip.GzipFile(fileobj=io.BufferedReader(self._bgzf, BLOCK))
-        for magic, (what, remedy) in _OTHER_FORMATS.items():
-            if head.startswith(magic):
-                raise InputError(f"{self.name} is not FASTA but {what}; {remedy}")
-        return raw
 
     def _records(self, stream: io.BufferedIOBase) -> Iterator[Record]:
         parts = self._parts(stream)
@@ -100,12 +87,12 @@ class FastaReader:
         number = 0
         while part is not None:
             number += 1
-            name, description = _parse_header(part[1])
+            name, description = parse_header(part[1])
             record = Record(name, description, number)
             following: list[tuple[bool, bytes]] = []
-            record._chunks = self._encode(parts, record, following)
+            record.marked = self._encode(parts, record, following)
             yield record
-            for _ in record._chunks:  # what the caller has left
+            for _ in record.marked:  # what the caller has left
                 pass
             part = following[0] if following else None
 
@@ -132,9 +119,9 @@ class FastaReader:
                 following.append((is_header, part))
                 return
             if record.counts.invalid is None:
-                tokens = encode(part, record.counts, self._keep_case)
-                if len(tokens):
-                    yield tokens
+                marked = encode_marked(part, record.counts)
+                if len(marked):
+                    yield marked
         record.truncated = self._broken
 
     def _parts(self, stream: io.BufferedIOBase) -> Iterator[tuple[bool, bytes]]:
@@ -174,8 +161,8 @@ class FastaReader:
         try:
             while block := stream.read1(BLOCK):  # read() would lose what comes before a cut
                 yield block
-            if self._bgzf is not None and self._bgzf.tail != _BGZF_END:
-                raise EOFError
+            if self._bgzf is not None:
+                self._bgzf.check()
         except EOFError:
             self._fail("is cut off (the gzip stream does not end); copy or download it again")
         except (zlib.error, gzip.BadGzipFile) as error:
@@ -187,7 +174,8 @@ class FastaReader:
         self._problem, self._broken = f"{self.name} {what}", True
 
 
-def _open(path: Path | str, name: str) -> io.BufferedReader:
+def open_bytes(path: Path | str, name: str, what: str = "FASTA") -> io.BufferedReader:
+    """A file (`-`: standard input) as it is; an InputError if it cannot be opened."""
     if str(path) == "-":
         return io.BufferedReader(_Unclosed(sys.stdin.buffer))
     try:
@@ -195,9 +183,23 @@ def _open(path: Path | str, name: str) -> io.BufferedReader:
     except FileNotFoundError:
         raise InputError(f"{name} does not exist; check the path") from None
     except IsADirectoryError:
-        raise InputError(f"{name} is a folder; give a FASTA file") from None
+        raise InputError(f"{name} is a folder; give a {what} file") from None
     except OSError as error:
         raise InputError(f"cannot open {name}: {error.strerror}; check its permissions") from None
+
+
+def decompressed(raw: io.BufferedReader, name: str, what: str = "FASTA") -> tuple[io.BufferedIOBase, "Bgzf | None"]:
+    """What a file holds, plain or compressed with gzip or BGZF; in that case also what says whether it was whole."""
+    head = raw.peek(64)[:64]
+    if head[:2] == b"\x1f\x8b":
+        if head[3:4] != b"\x04" or head[12:14] != b"BC":
+            return gzip.GzipFile(fileobj=raw), None
+        bgzf = Bgzf(raw)
+        return gzip.GzipFile(fileobj=io.BufferedReader(bgzf, BLOCK)), bgzf
+    for magic, (found, remedy) in _OTHER_FORMATS.items():
+        if head.startswith(magic):
+            raise InputError(f"{name} is not {what} but {found}; {remedy}")
+    return raw, None
 
 
 class _Unclosed(io.RawIOBase):
@@ -215,7 +217,7 @@ class _Unclosed(io.RawIOBase):
         return len(data)
 
 
-class _Bgzf(io.RawIOBase):
+class Bgzf(io.RawIOBase):
     """A BGZF stream that remembers its last 28 bytes: an empty block, which every writer adds, unless it was cut off.
 
     Each block of BGZF is a whole gzip member, so that a file cut between two blocks looks intact to gzip.
@@ -223,7 +225,12 @@ class _Bgzf(io.RawIOBase):
 
     def __init__(self, stream: io.BufferedReader):
         self._stream = stream
-        self.tail = b""
+        self._tail = b""
+
+    def check(self) -> None:
+        """An EOFError if the last block is missing; asked once everything has been read."""
+        if self._tail != _BGZF_END:
+            raise EOFError
 
     def readable(self) -> bool:
         return True
@@ -231,11 +238,12 @@ class _Bgzf(io.RawIOBase):
     def readinto(self, buffer) -> int:
         data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
-        self.tail = (self.tail + data[-len(_BGZF_END) :])[-len(_BGZF_END) :]
+        self._tail = (self._tail + data[-len(_BGZF_END) :])[-len(_BGZF_END) :]
         return len(data)
 
 
-def _parse_header(header: bytes) -> tuple[str, str]:
+def parse_header(header: bytes) -> tuple[str, str]:
+    """Name and description of a header line without its >."""
     text = header.decode("utf-8", errors="replace")
     if not text.isprintable():  # tabs and what a terminal would obey
         text = "".join(c if c.isprintable() else " " for c in text)

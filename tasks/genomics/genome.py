@@ -94,11 +94,11 @@ def _write(files: Sequence[Path], file: BinaryIO) -> tuple[tuple[str, ...], tupl
     names: dict[str, None] = {}
     starts = [0]
     for path in files:
-        for record in FastaReader(path, keep_case=True):
+        for record in FastaReader(path):
             where = f"{path}, record {record.name!r}"
             if record.name in names:
                 raise InputError(f"{where}: a record of this name came before; rename one")
-            for chunk in record.chunks():
+            for chunk in record.chunks(keep_case=True):
                 file.write(chunk.tobytes())
             if record.counts.invalid:
                 position, character = record.counts.invalid

@@ -18,12 +18,13 @@ from seqmodels.checkpoint import choose_device
 from seqmodels.config import Targets
 from seqmodels.errors import InputError
 from seqmodels.sweeps import free_memory, host_bytes, sweepable, two_sweeps, windows
-from seqmodels.tasks.genomics.tokens import Tokens, pad_right
+from seqmodels.tasks.genomics.tokens import Tokens, pad_right, reverse_complement
 from seqmodels.workers import Make, Workers, devices_of, serve, torchrun, torchrun_device
 
 Logits = NDArray[np.float32]
 Dtype = Literal["float32", "bfloat16"]
 Reading = Literal["auto", "two-sweeps", "windows"]
+Strand = Literal["fwd", "rev", "both"]
 MEMORY = 0.75  # part of the free main memory that two sweeps may take
 
 
@@ -34,6 +35,8 @@ class Facts(NamedTuple):
     classes: tuple[str, ...]
     batch_tokens: int
     longest_batched: int
+    both_strands: bool
+    "Whether it reads the reverse complement, too, and says the same of both."
 
 
 class Answer(NamedTuple):
@@ -110,7 +113,8 @@ class Classifier:
     @property
     def facts(self) -> Facts:
         """What `longseq dna classify` has to know of it."""
-        return Facts(self.name, self.classes, self.batch_tokens, self.longest_batched)
+        both = self.model.backbone.both_strands
+        return Facts(self.name, self.classes, self.batch_tokens, self.longest_batched, both)
 
     def batch(self, sequences: list[Tokens]) -> Logits:
         """Logits (b, classes) of whole sequences, in batches of similar length within the token budget."""
@@ -226,6 +230,43 @@ class Together:
     def stream(self, chunks: Iterable[Tokens]) -> Future:
         """As Alone."""
         return self._workers.ask_in_parts(chunks)
+
+
+class Strands:
+    """Records answered on the strand as given (fwd), on the other one (rev), or on both, with an answer for each.
+
+    A model that reads both strands anyway is asked once.
+    """
+
+    def __init__(self, engine: Alone | Together, strand: Strand) -> None:
+        self._engine, self.facts, self.strand = engine, engine.facts, strand
+        self._others = {"fwd": [False], "rev": [True], "both": [False, True]}[strand]
+        if self.facts.both_strands:
+            self._others = [False]
+
+    def batch(self, sequences: list[Tokens]) -> list[tuple[list[int], tuple[Future, ...]]]:
+        """Places of sequences, and for each strand their logits (b, classes)."""
+        asked = [
+            self._engine.batch([reverse_complement(s) for s in sequences] if other else sequences)
+            for other in self._others
+        ]
+        return [(same[0][0], tuple(future for _, future in same)) for same in zip(*asked, strict=True)]
+
+    def stream(self, chunks: Iterable[Tokens]) -> tuple[Future, ...]:
+        """For each strand, the Answer for a long record; its tokens are held where the other strand is read."""
+        if self._others == [False]:
+            return (self._engine.stream(chunks),)
+        parts = iter(chunks)
+        held: list[Tokens] = []
+        given = [self._engine.stream(_held(parts, held))] if not self._others[0] else []
+        held += parts
+        return (*given, self._engine.stream(reverse_complement(part) for part in reversed(held)))
+
+
+def _held(items: Iterator[Tokens], held: list[Tokens]) -> Iterator[Tokens]:
+    for item in items:
+        held.append(item)
+        yield item
 
 
 @contextmanager

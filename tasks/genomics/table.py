@@ -146,7 +146,7 @@ class TableWriter:
             yield from itertools.islice(rows, self.kept)
 
     def _new(self, rows: list[Row]) -> list[Row]:
-        """Those of the rows that are not in the file yet, after a look at whether the others are the same."""
+        """Those of the rows that are not in the file yet; the others, if they are the same, get the values they have."""
         for i, row in enumerate(rows):
             old = next(self._old, None)
             if old is None:
@@ -158,7 +158,14 @@ class TableWriter:
                     f"{self._temporary} was not made from this input by this model: it has {_said(old, self._resume)}, "
                     f"where now comes {_said(known, self._resume)}; remove it or leave out --resume"
                 )
+            row |= {name: self._typed(name, value) for name, value in old.items()}
         return []
+
+    def _typed(self, name: str, value: Any) -> Any:
+        """A value as it was before it became text."""
+        if value == "" and self._columns[name] is not str:
+            return None
+        return value if value is None else self._columns[name](value)
 
     def write(self, rows: list[Row]) -> None:
         """Adds rows and passes them on to the file at once, where the format allows it."""

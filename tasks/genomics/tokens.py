@@ -48,7 +48,7 @@ def _make_table() -> bytes:
 
 
 _TABLE = _make_table()
-_COMPLEMENT = np.array(COMPLEMENT_MAP, dtype=np.uint8)
+_COMPLEMENT = (np.arange(256) & 0xF0 | np.tile(COMPLEMENT_MAP, 16)).astype(np.uint8)  # marks stay with their bases
 _LETTERS = np.frombuffer(b"??????" + b"?ACGTN" + b"????", dtype=np.uint8)
 
 
@@ -73,23 +73,37 @@ def encode(sequence: bytes, counts: Counts | None = None, keep_case: bool = Fals
 
     With `keep_case`, those of lower-case letters have the flag SOFT_MASKED.
     """
-    coded = np.frombuffer(sequence.translate(_TABLE, _WHITE_SPACE), dtype=np.uint8)
-    counts = Counts() if counts is None else counts
-    flags = int(np.bitwise_or.reduce(coded)) if len(coded) else 0
+    return tokens_of(encode_marked(sequence, Counts() if counts is None else counts), keep_case)
+
+
+def encode_marked(sequence: bytes, counts: Counts) -> Tokens:
+    """The same with all flags, from which `count` counts again, in any part of a sequence."""
+    marked = np.frombuffer(sequence.translate(_TABLE, _WHITE_SPACE), dtype=np.uint8)
+    flags = int(np.bitwise_or.reduce(marked)) if len(marked) else 0
     if flags & _INVALID:
-        first = int(np.argmax(coded >= _INVALID))
+        first = int(np.argmax(marked >= _INVALID))
         character = sequence.translate(None, _WHITE_SPACE)[first : first + 4].decode("utf-8", errors="replace")[0]
         if counts.invalid is None:
             counts.invalid = (counts.length + first + 1, character)
-        coded = coded[:first]
-    tokens = coded & np.uint8(0x0F) if flags > 0x0F else coded
-    counts.length += len(coded)
-    counts.unknown += int(np.count_nonzero(tokens == N))
+        marked = marked[:first]
+    count(marked, counts)
+    return marked
+
+
+def count(marked: Tokens, counts: Counts) -> None:
+    """Adds marked tokens (l,) to the statistics."""
+    flags = int(np.bitwise_or.reduce(marked)) if len(marked) else 0
+    counts.length += len(marked)
+    counts.unknown += int(np.count_nonzero(tokens_of(marked) == N))
     if flags & _AMBIGUOUS:
-        counts.ambiguous += int(np.count_nonzero(coded & _AMBIGUOUS))
+        counts.ambiguous += int(np.count_nonzero(marked & _AMBIGUOUS))
     if flags & SOFT_MASKED:
-        counts.soft_masked += int(np.count_nonzero(coded & SOFT_MASKED))
-    return coded & np.uint8(SOFT_MASKED | 0x0F) if keep_case else tokens
+        counts.soft_masked += int(np.count_nonzero(marked & SOFT_MASKED))
+
+
+def tokens_of(marked: Tokens, keep_case: bool = False) -> Tokens:
+    """Marked tokens (l,) without their flags, or with that of lower case alone."""
+    return marked & np.uint8(SOFT_MASKED | 0x0F if keep_case else 0x0F)
 
 
 def decode(tokens: Tokens) -> str:
@@ -98,7 +112,7 @@ def decode(tokens: Tokens) -> str:
 
 
 def reverse_complement(tokens: Tokens) -> Tokens:
-    """Tokens (..., l) of the other strand, read in its own direction."""
+    """Tokens (..., l), also marked ones, of the other strand, read in its own direction."""
     return _COMPLEMENT[tokens[..., ::-1]]
 
 
