@@ -143,7 +143,8 @@ def _from_predictions(path: Path, labels: Path) -> tuple[tuple[str, ...], Sample
     label_of = read_labels(labels)
     table = _read_predictions(path)
     classes = tuple(name[2:] for name in table if name.startswith("p_"))
-    if "record_id" not in table or not classes:
+    table.setdefault("record_id", table.get("name", []))  # of intervals and windows
+    if not table["record_id"] or not classes:
         raise InputError(f"{path} lacks the columns record_id and p_<class>; give a table written by 'dna classify'")
     ids = {name: i for i, name in enumerate(classes)}
     targets, rows = [], []

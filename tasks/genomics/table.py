@@ -146,7 +146,7 @@ class TableWriter:
             yield from itertools.islice(rows, self.kept)
 
     def _new(self, rows: list[Row]) -> list[Row]:
-        """Those of the rows that are not in the file yet; the others, if they are the same, get the values they have."""
+        """Those of the rows that are not in the file yet. The others, if they are the same, get the values there."""
         for i, row in enumerate(rows):
             old = next(self._old, None)
             if old is None:
