@@ -1,4 +1,4 @@
-"""The mixers that Mamba is compared with: softmax attention (full or sliding window) and LSTM or GRU.
+"""The mixers that Mamba is compared with: softmax attention (full or sliding window), LSTM or GRU, and convolution.
 
 Same interface, backbone and training as the Mamba mixers (seqmodels/mixers.py).
 """
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqmodels.config import AttentionConfig, RNNConfig
+from seqmodels.config import AttentionConfig, ConvConfig, RNNConfig
 from seqmodels.errors import InputError
 from seqmodels.kernels.packing import starts_of_sequences
 
@@ -211,3 +211,41 @@ class Recurrent(nn.Module):
             hidden.append(h)
             cell.append(c)
         return torch.stack(rows), RecurrentState(torch.cat(hidden), torch.cat(cell))
+
+
+class Convolution(nn.Module):
+    """A centred convolution over all channels, GELU, and an output projection."""
+
+    def __init__(self, config: ConvConfig, d_model: int) -> None:
+        super().__init__()
+        if config.taps < 1 or config.taps % 2 == 0 or config.dilation < 1:
+            raise InputError(
+                f"taps = {config.taps} and dilation = {config.dilation}; choose an odd number and at least 1"
+            )
+        self.config = config
+        reach = config.taps // 2 * config.dilation
+        self.conv = nn.Conv1d(d_model, d_model, config.taps, padding=reach, dilation=config.dilation)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, state: None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """(b, l, d) -> (b, l, d); there is no state, as each step sees those after it."""
+        if state is not None:
+            raise InputError("a centred convolution sees both sides of a step; it cannot continue from a state")
+        if lengths is not None:
+            x = x * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+        y = self.conv(x.transpose(1, 2)).transpose(1, 2) if seq_idx is None else self._packed(x, seq_idx)
+        return self.out_proj(F.gelu(y)), None
+
+    def _packed(self, x: Tensor, seq_idx: Tensor) -> Tensor:
+        """The same tap by tap, each seeing only steps of its own sequence."""
+        run, (b, l, _) = starts_of_sequences(seq_idx).cumsum(1), x.shape
+        taps, dilation = self.config.taps, self.config.dilation
+        reach = taps // 2 * dilation
+        padded, runs = F.pad(x, (0, 0, reach, reach)), F.pad(run, (reach, reach), value=-1)
+        y = x.new_zeros(b, l, len(self.conv.weight)) + self.conv.bias
+        for k, weight in enumerate(self.conv.weight.unbind(2)):
+            part = slice(k * dilation, k * dilation + l)
+            y = y + F.linear(padded[:, part] * (runs[:, part] == run)[..., None], weight)
+        return y

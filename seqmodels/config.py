@@ -105,6 +105,16 @@ class RNNConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvConfig:
+    """Convolution over both sides of each step: the baseline of motifs and their neighbourhoods."""
+
+    taps: int = 9
+    "Taps; an odd number."
+    dilation: int = 1
+    "Steps between taps."
+
+
+@dataclass(frozen=True, kw_only=True)
 class BidirectionalConfig:
     """The same kind of mixer run forwards and on the reversed sequence, the two results added."""
 
@@ -114,7 +124,7 @@ class BidirectionalConfig:
     "Whether both directions share the input and output projections (Caduceus; Mamba and Mamba-2 only)."
 
 
-MixerConfig = MambaConfig | Mamba2Config | AttentionConfig | RNNConfig | BidirectionalConfig
+MixerConfig = MambaConfig | Mamba2Config | AttentionConfig | RNNConfig | ConvConfig | BidirectionalConfig
 
 
 @dataclass(frozen=True, kw_only=True)

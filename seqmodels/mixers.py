@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from seqmodels.config import (
     AttentionConfig,
     BidirectionalConfig,
+    ConvConfig,
     Mamba2Config,
     MambaConfig,
     MixerConfig,
@@ -37,13 +38,14 @@ from seqmodels.recompute import forgotten
 
 def build_mixer(config: MixerConfig, d_model: int) -> nn.Module:
     """The mixer that a configuration describes, for width d_model."""
-    from seqmodels.baselines import Attention, Recurrent
+    from seqmodels.baselines import Attention, Convolution, Recurrent
 
     classes: dict[type, Any] = {
         MambaConfig: Mamba,
         Mamba2Config: Mamba2,
         AttentionConfig: Attention,
         RNNConfig: Recurrent,
+        ConvConfig: Convolution,
         BidirectionalConfig: Bidirectional,
     }
     return classes[type(config)](config, d_model)
@@ -66,7 +68,7 @@ def is_causal(config: MixerConfig) -> bool:
     """Whether a mixer sees only the past, so that it can hand its state on."""
     if isinstance(config, AttentionConfig):
         return config.causal
-    return not isinstance(config, BidirectionalConfig)
+    return not isinstance(config, (BidirectionalConfig, ConvConfig))
 
 
 class Mamba(nn.Module):

@@ -7,6 +7,7 @@ from seqmodels.config import (
     AttentionConfig,
     BackboneConfig,
     BidirectionalConfig,
+    ConvConfig,
     Mamba2Config,
     MambaConfig,
     MultiscaleConfig,
@@ -39,6 +40,12 @@ def attention(d_model: int, n_layer: int, *, num_heads: int, window: int | None 
 def lstm(d_model: int, n_layer: int, *, expand: int = 1, bidirectional: bool = False) -> BackboneConfig:
     """A flat LSTM backbone."""
     return _flat(RNNConfig(cell="lstm", expand=expand), d_model, n_layer, bidirectional)
+
+
+def cnn(d_model: int = 128, n_layer: int = 6, *, taps: int = 9) -> BackboneConfig:
+    """A flat convolutional network whose dilation doubles every second layer; a million parameters as it is."""
+    layers = tuple(ConvConfig(taps=taps, dilation=2 ** (i // 2)) for i in range(n_layer))
+    return BackboneConfig(d_model=d_model, layers=layers)
 
 
 def caduceus(

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from seqmodels.backbone import Backbone, KmerEmbedding
-from seqmodels.baselines import Attention, Recurrent
+from seqmodels.baselines import Attention, Convolution, Recurrent
 from seqmodels.errors import InputError
 from seqmodels.heads import Model
 from seqmodels.kernels.across import Exchange
@@ -73,8 +73,8 @@ def check_shareable(model: nn.Module) -> None:
                 "a U-Net pools steps across stretches and cannot share a sequence between ranks; use a flat backbone "
                 "of Mamba or Mamba-2 layers, or data parallelism alone"
             )
-        if isinstance(module, (Attention, Recurrent)):
-            kind = "attention" if isinstance(module, Attention) else "an RNN"
+        if isinstance(module, (Attention, Recurrent, Convolution)):
+            kind = {Attention: "attention", Recurrent: "an RNN", Convolution: "a centred convolution"}[type(module)]
             raise InputError(
                 f"{kind} cannot share a sequence between ranks; use Mamba or Mamba-2 layers (also bidirectional), or "
                 "data parallelism alone"

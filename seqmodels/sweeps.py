@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqmodels.backbone import Backbone, Layer, RMSNorm
-from seqmodels.baselines import Attention
+from seqmodels.baselines import Attention, Convolution
 from seqmodels.errors import InputError
 from seqmodels.mixers import Bidirectional
 
@@ -115,7 +115,8 @@ def windows(
 def sweepable(backbone: torch.nn.Module) -> bool:
     """Whether `two_sweeps` can read with this backbone."""
     return isinstance(backbone, Backbone) and not any(
-        isinstance(layer.mixer, Attention) and not layer.mixer.config.causal for layer in _layers(backbone)
+        isinstance(layer.mixer, Convolution) or (isinstance(layer.mixer, Attention) and not layer.mixer.config.causal)
+        for layer in _layers(backbone)
     )
 
 

@@ -9,7 +9,7 @@ from seqmodels.config import BackboneConfig, KmerConfig, StrandsConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.tokens import COMPLEMENT_MAP, TOKENIZER, VOCABULARY
 
-Mixer = Literal["mamba", "mamba2", "attention", "lstm"]
+Mixer = Literal["mamba", "mamba2", "attention", "lstm", "cnn"]
 Strands = Literal["one", "conjoined", "equivariant"]
 
 
@@ -64,9 +64,11 @@ def _new_backbone(
     if d_state is not None and mixer not in ("mamba", "mamba2"):
         raise InputError(f"d_state is {d_state}, but {mixer} has no such size; leave it out")
     state: dict[str, Any] = {} if d_state is None else {"d_state": d_state}
+    if mixer in ("attention", "cnn") and bidirectional:
+        raise InputError(f"{mixer} has no option bidirectional; leave it out")
+    if mixer == "cnn":
+        return presets.cnn(d_model, n_layer)
     if mixer == "attention":
-        if bidirectional:
-            raise InputError("attention has no option bidirectional; leave it out")
         return presets.attention(d_model, n_layer, num_heads=max(1, d_model // 64))
     if mixer == "lstm":
         return presets.lstm(d_model, n_layer, bidirectional=bidirectional)

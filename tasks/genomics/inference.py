@@ -74,7 +74,7 @@ class Classifier:
                 raise InputError(f"{name} is {value}; it must be at least {least}")
         self.device = choose_device(device)
         on_cpu = self.device.type == "cpu"
-        self.model: Any = seqmodels.load(model, device=self.device, dtype=getattr(torch, dtype))
+        self.model: Any = _load(model).to(self.device, getattr(torch, dtype))
         config = self.model.config
         if config.head.task != "sequence" or config.tokenizer.get("type") != "dna":
             raise InputError(
@@ -196,6 +196,12 @@ class Classifier:
             return 0
         per_chunk = host_bytes(self.model.backbone, self.chunk, self.chunk)
         return int(MEMORY * free_memory() / self.sharing / per_chunk * self.chunk)
+
+
+def _load(model: str) -> Any:
+    from seqmodels.tasks.genomics.kmers import is_kmer_model, load_kmers
+
+    return load_kmers(model) if is_kmer_model(model) else seqmodels.load(model)
 
 
 class Alone:

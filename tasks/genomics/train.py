@@ -12,6 +12,7 @@ from seqmodels.errors import InputError
 from seqmodels.files import write_json
 from seqmodels.tasks.genomics.backbones import Mixer, Strands, choose_backbone
 from seqmodels.tasks.genomics.datasets import RecordData, parse_lengths, training_data
+from seqmodels.tasks.genomics.kmers import fit_kmers
 from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, splits_of
 from seqmodels.tasks.genomics.tokens import TOKENIZER, VOCAB_SIZE
 from seqmodels.tasks.genomics.trials import Trial, plan, run_trials, shown, summary
@@ -23,6 +24,7 @@ def train(
     run: Path,
     labels: Path | None = None,
     targets: Targets = "single",
+    baseline: Literal["kmer", "cnn"] | None = None,
     window: str | list[int] | None = None,
     batch_tokens: int = 65536,
     batching: Literal["padded", "packed"] = "padded",
@@ -71,9 +73,11 @@ def train(
     long record a contiguous stretch that no training window touches. The test split is not looked at unless --test asks
     for it, once per finished model.
 
-    Five models, and their mean and spread on the test split in RUN/results.json; or a ten-fold cross-validation:
+    Five models, and their mean and spread on the test split in RUN/results.json; words as a baseline; a ten-fold
+    cross-validation:
 
         longseq dna train gue/tf/0 runs/tf0 --seeds 5 --test
+        longseq dna train gue/tf/0 runs/tf0-words --baseline kmer --test
         longseq dna train splice.data.gz runs/splice --folds 10
 
     Args:
@@ -85,6 +89,10 @@ def train(
         labels: For a FASTA file: table with the columns record and label.
         targets: What a sequence is labelled with. single: one class. multi: any number of classes, ";" between them, or
             columns label_<name> with 0, 1 or nothing. regression: a number, or numbers in columns label_<name>.
+        baseline: What a model has to beat, with the same data, table and commands. kmer: a linear model of how often
+            each word of 3 to --kmer bases occurs (7 unless said otherwise), whose regularisation, and whether it reads
+            both strands, are chosen by the validation data; none of the options of networks counts. cnn: a
+            convolutional network of 6 layers, as --mixer cnn.
         window: Lengths in bases, for example 1024,8192,65536; each batch draws one. Long records: the windows'
             lengths, these three unless said otherwise; short records: longer ones are cut to it at a random place.
         batch_tokens: Bases per batch, padding included, whatever the length.
@@ -120,8 +128,8 @@ def train(
         seeds: Models to train, with this many seeds in a row, each in a folder of its own in RUN.
         folds: Folds of a cross-validation over train and dev: each is held out once and measured. Labels are alike in
             all folds, and equal sequences, of either strand, are in the same one.
-        test: Measure each finished model on the data's test split; with --seeds or --folds, the figures on validation
-            data are always written.
+        test: Measure each finished model on the data's test split, too; otherwise only on the validation data (or, with
+            --folds, on the fold that was held out). The figures are in RUN/results.json.
         training: Steps, learning rate and so on.
 
     Returns:
@@ -141,10 +149,28 @@ def train(
         per_step = training.readers * round(training.step_tokens / at_once)  # of windows, which fill their batches
     if batching == "packed" and supervise_every:
         raise InputError("supervise_every needs a row for each record; leave it out or give --batching padded")
+    if baseline is not None and (mixer is not None or start_from is not None):
+        raise InputError(f"--baseline {baseline} says what is trained; leave --mixer and --start-from out")
+    if baseline == "cnn":
+        mixer, n_layer = "cnn", 6 if n_layer is None else n_layer
     splits = _splits(data, labels, targets, test, folds)
     trials = plan(run, training, splits, seeds, folds)
 
+    def learn_words(trial: Trial) -> tuple[Path, LabelledRecords | None]:
+        folder, both = trial.run / "model", None if strands is None else strands != "one"
+        if folder.exists() and not training.resume:
+            raise InputError(f"{folder} is already here; choose another folder")
+        card = f"# Linear model of words of DNA\n\nTrained on `{data.name}` by `longseq dna train --baseline kmer`.\n"
+        held_out = fit_kmers(
+            trial.records, trial.validation, folder, longest=kmer or 7, both_strands=both,
+            class_weights=_class_weights(class_weights, trial.records), validation_fraction=validation_fraction,
+            seed=trial.training.seed, card=card,
+        )  # fmt: skip
+        return folder, held_out
+
     def learn(trial: Trial) -> tuple[Path, LabelledRecords | None]:
+        if baseline == "kmer":
+            return learn_words(trial)
         records, training = trial.records, trial.training
         served = training_data(
             records,
@@ -186,11 +212,6 @@ def train(
         model = fit(config, served, training, trial.run, card=card, start_from=start_from, tune=tune)
         return model, served.held_out if isinstance(served, RecordData) else None
 
-    if len(trials) == 1 and not test:
-        model, _ = learn(trials[0])
-        if first_process():
-            print(model)
-        return 0
     from seqmodels.tasks.genomics.evaluate import measure
 
     def measured(model: Path, records: LabelledRecords) -> list[dict[str, Any]]:
@@ -198,11 +219,11 @@ def train(
 
     models = run_trials(trials, learn, measured)
     if first_process():
-        rows = summary(models)
-        about = {"data": data.name, "targets": targets, "classes": list(splits["train"].classes), "seeds": seeds}
-        write_json(run / "results.json", {**about, "folds": folds, "models": models, "summary": rows})
-        print(shown(rows))
-        print(run / "results.json")
+        if rows := summary(models):
+            about = {"data": data.name, "targets": targets, "classes": list(splits["train"].classes), "seeds": seeds}
+            write_json(run / "results.json", {**about, "folds": folds, "models": models, "summary": rows})
+            print(shown(rows))
+        print(run / "model" if len(trials) == 1 else run / "results.json")
     return 0
 
 
@@ -262,12 +283,14 @@ def _card(
 ) -> str:  # fmt: skip
     """The model card: what a user of the weights has to know. `both`: StrandsConfig.training, or None."""
     names = "\n".join(f"{i}. {name}" for i, name in enumerate(head.labels))
+    other = (
+        "A sequence of another origin is also given one of these classes; the probabilities do not say that it is none"
+    )
     heading, said = {
-        "single": ("Classes", "A sequence of another origin is also given one of these classes; the probabilities do "
-                   "not say that it is none of them."),
+        "single": ("Classes", f"{other} of them."),
         "multi": ("Labels, each of which a sequence can have or not", "Each has a probability of its own."),
         "regression": ("Numbers that are predicted", "They are in the units of the training data."),
-    }[head.targets]  # fmt: skip
+    }[head.targets]
     strands = "both strands (each sequence reverse-complemented half of the time)" if augmented else "one strand"
     answers = "" if both is None else "\n\nA sequence and its reverse complement get the same answer: "
     if both is not None:

@@ -58,6 +58,7 @@ PACKED_BACKBONES = {
     "bi-mamba2": presets.mamba2(16, 2, head_dim=8, d_state=4, chunk_size=8, bidirectional=True),
     "attention": presets.attention(16, 2, num_heads=2),
     "lstm": presets.lstm(16, 1),
+    "cnn": presets.cnn(16, 3, taps=5),
     "k-mers": dataclasses.replace(
         presets.mamba2(16, 1, head_dim=8, d_state=4), kmer=KmerConfig(k=3, alphabet=(2, 3, 5, 7), width=6)
     ),

@@ -10,6 +10,7 @@ from seqmodels.config import (
     BackboneConfig,
     BidirectionalConfig,
     ConditionConfig,
+    ConvConfig,
     HeadConfig,
     KmerConfig,
     Mamba2Config,
@@ -34,6 +35,7 @@ BIDIRECTIONAL = {
     "bi-mamba2": BidirectionalConfig(mixer=Mamba2Config(**small, head_dim=8)),
     "bi-mamba-tied": BidirectionalConfig(mixer=MambaConfig(**small), tie_projections=True),
     "bi-lstm": BidirectionalConfig(mixer=RNNConfig()),
+    "cnn": ConvConfig(taps=5, dilation=2),
     "encoder": AttentionConfig(num_heads=2, causal=False),
     "encoder-window": AttentionConfig(num_heads=2, causal=False, window=6),
 }

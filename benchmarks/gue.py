@@ -1,0 +1,55 @@
+"""One recipe on the tasks of GUE: the Matthews correlation on dev and test, mean and spread over its models.
+
+    python benchmarks/gue.py $LONGSEQ_DATA/dna/gue runs/gue-kmer --name gue-kmer -- --baseline kmer
+
+What follows `--` are options of `longseq dna train`, the same for all tasks; --test is added unless --no-test is given,
+so that a recipe can be chosen on dev. A command that was stopped goes on where each task's results are there.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import record
+
+from seqmodels.cli import main
+
+
+def tasks(folder: Path) -> list[str]:
+    """The tasks whose files are there, by the folders of their train files."""
+    return sorted({str(path.parent.relative_to(folder)) for path in folder.rglob("train.csv*")})
+
+
+def measured(task: str, data: Path, run: Path, words: list[str]) -> dict:
+    """Trains on a task, unless it is done, and gives a row of figures."""
+    place, started = run / task, time.perf_counter()
+    if not (place / "results.json").exists() and main(["dna", "train", str(data / task), str(place), *words]):
+        sys.exit(2)
+    results = json.loads((place / "results.json").read_text())
+    row: dict = {"task": task, "models": len(results["models"])}
+    for figures in results["summary"]:
+        if figures["metric"] == "mcc":
+            on = figures["measured on"]
+            row |= {f"{on}_mcc": figures["mean"], f"{on}_spread": figures["spread"], f"{on}_values": figures["values"]}
+    return row | {"records": results["models"][0]["records"], "seconds": round(time.perf_counter() - started, 1)}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--name", required=True, help="of the file in benchmarks/results")
+    parser.add_argument("--no-test", action="store_true")
+    parser.add_argument("options", nargs="*", help="of longseq dna train")
+    given = parser.parse_args()
+    words = given.options + ([] if given.no_test else ["--test"])
+    rows = [measured(task, given.data, given.run, words) for task in tasks(given.data)]
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in ("dev_mcc", "test_mcc") if key in rows[0]}
+    rows.append({"task": "mean", **means})
+    print(
+        *(f"{r['task']:24} " + " ".join(f"{k} {v:.4f}" for k, v in r.items() if k.endswith("mcc")) for r in rows),
+        sep="\n",
+    )
+    print(record.write_result(given.name, rows))
