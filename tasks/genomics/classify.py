@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from seqmodels.errors import InputError
@@ -21,7 +22,7 @@ from seqmodels.tasks.genomics.inference import (
     Strand,
     Strands,
     opened,
-    probabilities,
+    scores_of,
     serve_first,
 )
 from seqmodels.tasks.genomics.intervals import parse_region, read_intervals
@@ -35,6 +36,7 @@ from seqmodels.workers import LostWorker, dismiss
 _PLACED = ["file", "seq", "start", "end", "name", "strand", "length", "model"]
 _SHOWN_PLACED = ["seq", "start", "end", "name", "strand", "label", "prob", "status", "note"]
 _IDENTITY = ["file", "record_id", "length", "model"]  # a row with these is the same row when work is resumed
+_SCORE = {"single": "p_", "multi": "p_", "regression": "value_"}  # what a column of scores begins with
 _ROWS = 1 << 18  # that wait at most for those before them
 _SHOWN = ["record_id", "length", "n_frac", "label", "prob", "status", "note"]
 
@@ -83,6 +85,9 @@ def classify(
     such sequence) or outside (the interval begins beyond the end of its sequence). An interval on the minus strand is
     read as its reverse complement, and its windows are taken in this direction.
 
+    A model of several labels (dna train --targets) gives each a probability of its own, and label names those of 0.5 or
+    more, with ; between. A model of numbers gives the columns value_<name> instead.
+
     Beside the file of the table, <output>.json says how it was made: versions, model and files with checksums or sizes,
     settings, and how many rows have which status.
 
@@ -106,7 +111,8 @@ def classify(
         stride: Bases from the beginning of one window to that of the next; otherwise windows lie side by side.
         track: Beginning of the names of files for a genome browser. For each class the probability along the sequences
             is in PREFIX.<class>.bedgraph (or .bw, or .bed with the score); where windows overlap, it is their mean.
-            PREFIX.labels.bed has the class with the highest one, adjacent stretches of the same class joined.
+            PREFIX.labels.bed has the class with the highest one, adjacent stretches of the same class joined. Of a
+            model of several labels or of numbers there are only the tracks of each.
         track_format: bedgraph, bigwig (needs pip install pyBigWig) or bed.
         strand: Which strand is read. fwd: as written (that of an interval, if it has one); rev: the other one, as
             reverse complement; both: the label comes from the mean of the logits of both, with the columns label_fwd,
@@ -166,12 +172,14 @@ def classify(
         progress,
     ):
         facts = engine.facts
+        if track is not None and track_format == "bed" and facts.targets == "regression":
+            raise InputError("a BED's scores are probabilities, and this model gives numbers; use bedgraph or bigwig")
         try:
             for place, rows in _classified(sources, Strands(engine, strand), table.kept, problems):
                 table.write(rows)
                 statuses[place].update(row["status"] for row in rows)
                 if tracks is not None:
-                    tracks.add(rows, facts.classes)
+                    tracks.add(rows, facts.classes, _SCORE[facts.targets])
                 progress.update(sum(row["length"] for row in rows))
         except LostWorker as error:
             kept = table.keep()
@@ -188,7 +196,10 @@ def classify(
         all_said = [line for said in problems for line in said]
         if not any(statuses):
             raise InputError("; ".join(all_said) or "no FASTA file was given; name at least one, or -")
-        written = tracks.write({k: v for source in sources for k, v in source.lengths.items()}) if tracks else []
+        written = []
+        if tracks is not None:
+            lengths = {seq: length for source in sources for seq, length in source.lengths.items()}
+            written = tracks.write(lengths, called=facts.targets == "single")
         if output is not None:
             manifest_of(output).unlink(missing_ok=True)  # none that speaks of another table
     if output is not None:
@@ -248,11 +259,15 @@ def _columns(facts: Facts, placed: bool, strand: Strand) -> dict[str, type]:
         columns |= {"length": int, "padded": int, "n_frac": float}
     else:
         columns = {"record_id": str, "description": str, "file": str, "length": int, "n_frac": float}
-    columns |= {"ambiguous": int, "softmask_frac": float, "label": str, "prob": float}
+    columns |= {"ambiguous": int, "softmask_frac": float}
+    labelled = facts.targets != "regression"
+    if labelled:
+        columns |= {"label": str, "prob": float}
     if strand == "both":
-        columns |= {"strand_delta": float, "label_fwd": str, "label_rev": str}
-    columns |= {f"p_{name}": float for name in facts.classes}
-    columns |= {f"logit_{name}": float for name in facts.classes}
+        columns |= {"strand_delta": float} | ({"label_fwd": str, "label_rev": str} if labelled else {})
+    columns |= {f"{_SCORE[facts.targets]}{name}": float for name in facts.classes}
+    if labelled:
+        columns |= {f"logit_{name}": float for name in facts.classes}
     columns |= {"status": str, "note": str, "reading": str, "model": str}
     return columns if strand == "fwd" else columns | {"strands": str}
 
@@ -274,13 +289,13 @@ class _Group(NamedTuple):
             strands = [future.result() for future in futures]
             if not isinstance(strands[0], Answer):
                 for row, *logits in zip(rows, *strands, strict=True):
-                    _predict(row, logits, facts.classes, "whole")
+                    _predict(row, logits, facts, "whole")
             elif lost := next((answer for answer in strands if answer.logits is None), None):
                 rows[0].update(status="too_long", note=lost.note)
             else:
                 readings = {answer.reading for answer in strands}
                 reading = "windows" if "windows" in readings else strands[0].reading
-                _predict(rows[0], [answer.logits for answer in strands], facts.classes, reading)
+                _predict(rows[0], [answer.logits for answer in strands], facts, reading)
         return self.rows
 
 
@@ -370,14 +385,20 @@ def _groups(source: Records | Intervals, engine: Strands, kept: int) -> Iterator
         yield flush()
 
 
-def _predict(row: Row, strands: list[Logits], classes: tuple[str, ...], reading: str) -> None:
+def _predict(row: Row, strands: list[Logits], facts: Facts, reading: str) -> None:
     """Adds the columns that come from the logits (classes,) of the strands that were read, and how they came about."""
     logits = np.mean(strands, axis=0)
-    chances = probabilities(logits)
-    best = int(logits.argmax())
-    each = probabilities(np.stack(strands))
-    labels = [classes[i] for i in each.argmax(-1)]
-    row |= {"label": classes[best], "prob": float(chances[best]), "reading": reading}
-    row |= {"strand_delta": float(np.ptp(each, axis=0).max()), "label_fwd": labels[0], "label_rev": labels[-1]}
-    row |= {f"p_{name}": float(p) for name, p in zip(classes, chances, strict=True)}
-    row |= {f"logit_{name}": float(v) for name, v in zip(classes, logits, strict=True)}
+    scores, each = scores_of(logits, facts.targets), scores_of(np.stack(strands), facts.targets)
+    row |= {"reading": reading, "strand_delta": float(np.ptp(each, axis=0).max())}
+    row |= {f"{_SCORE[facts.targets]}{name}": float(v) for name, v in zip(facts.classes, scores, strict=True)}
+    if facts.targets != "regression":
+        row |= {"label": _label(scores, facts), "prob": float(scores.max())}
+        row |= {"label_fwd": _label(each[0], facts), "label_rev": _label(each[-1], facts)}
+        row |= {f"logit_{name}": float(v) for name, v in zip(facts.classes, logits, strict=True)}
+
+
+def _label(scores: NDArray[np.float64], facts: Facts) -> str:
+    """The most likely class, or all labels that are more likely than not."""
+    if facts.targets == "multi":
+        return ";".join(name for name, p in zip(facts.classes, scores, strict=True) if p >= 0.5)
+    return facts.classes[int(scores.argmax())]

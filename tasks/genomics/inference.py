@@ -35,6 +35,7 @@ class Facts(NamedTuple):
     classes: tuple[str, ...]
     batch_tokens: int
     longest_batched: int
+    targets: Targets
     both_strands: bool
     "Whether it reads the reverse complement, too, and says the same of both."
 
@@ -114,7 +115,7 @@ class Classifier:
     def facts(self) -> Facts:
         """What `longseq dna classify` has to know of it."""
         both = self.model.backbone.both_strands
-        return Facts(self.name, self.classes, self.batch_tokens, self.longest_batched, both)
+        return Facts(self.name, self.classes, self.batch_tokens, self.longest_batched, self.targets, both)
 
     def batch(self, sequences: list[Tokens]) -> Logits:
         """Logits (b, classes) of whole sequences, in batches of similar length within the token budget."""

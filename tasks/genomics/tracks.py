@@ -1,4 +1,4 @@
-"""Tracks for genome browsers: the probability of each class along sequences, and the class called.
+"""Tracks for genome browsers: the probability (or value) of each class along sequences, and the class called.
 
 A base of several windows has the mean of theirs. Files are sorted by sequence (bytes of the name) and start, without
 overlaps, and end where the sequences end. They have no track lines, which most tools refuse.
@@ -43,21 +43,26 @@ class Tracks:
         self._ends: dict[str, int] = {}
         self._classes: tuple[str, ...] = ()
 
-    def add(self, rows: list[Row], classes: tuple[str, ...]) -> None:
-        """Takes in rows that have been answered; of sequences with the same name the first alone."""
+    def add(self, rows: list[Row], classes: tuple[str, ...], prefix: str = "p_") -> None:
+        """Takes in rows with scores in the columns <prefix><class>; of sequences with the same name the first alone."""
         self._classes = classes
         for row in rows:
             seq = row["seq"]
             if row["status"] == "duplicate" or self._files.setdefault(seq, row["file"]) != row["file"]:
                 continue
             self._ends[seq] = max(self._ends.get(seq, 0), row["end"])
-            if row.get("label"):
+            if row.get(f"{prefix}{classes[0]}") is not None:
                 self._places.setdefault(seq, array("q")).extend((row["start"], row["end"]))
                 # six digits, as in the table: what is resumed gives the same tracks
-                self._chances.setdefault(seq, array("d")).extend(float(f"{float(row[f'p_{c}']):.6g}") for c in classes)
+                self._chances.setdefault(seq, array("d")).extend(
+                    float(f"{float(row[f'{prefix}{c}']):.6g}") for c in classes
+                )
 
-    def write(self, lengths: Mapping[str, int]) -> list[Path]:
-        """Writes the files, each at once; `lengths` are those of sequences where they are known."""
+    def write(self, lengths: Mapping[str, int], called: bool = True) -> list[Path]:
+        """Writes the files, each at once; `lengths` are those of sequences where they are known.
+
+        `called` says whether each place has one class, the most likely one.
+        """
         known = {seq: lengths.get(seq, end) for seq, end in self._ends.items() if seq in self._places} | dict(lengths)
         kind = _SUFFIX[self._format]
         names = [re.sub(r"[^\w.+-]", "_", name) for name in self._classes]
@@ -70,6 +75,9 @@ class Tracks:
             else:
                 line = _bed_line(self._classes[place]) if self._format == "bed" else "{}\t{}\t{}\t{:.6g}\n".format
                 _write_lines(path, ((s, a, b, v[:, place]) for s, a, b, v in self._segments(known)), line)
+        return [*paths, self._write_labels(known)] if called else paths
+
+    def _write_labels(self, known: Mapping[str, int]) -> Path:
         labels = Path(f"{self._prefix}.labels.bed")
         with replacing(labels) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             for seq, starts, ends, values in self._segments(known):
@@ -82,7 +90,7 @@ class Tracks:
                     colour = _COLOURS[label % len(_COLOURS)]
                     name = self._classes[label].replace("\t", " ")
                     file.write(f"{seq}\t{a}\t{b}\t{name}\t{round(1000 * p)}\t.\t{a}\t{b}\t{colour}\n")
-        return [*paths, labels]
+        return labels
 
     def _segments(self, lengths: Mapping[str, int]) -> Iterator[tuple[str, NDArray, NDArray, NDArray]]:
         """Per sequence, starts (n,), ends (n,) and mean probabilities (n, classes) of stretches without overlap."""

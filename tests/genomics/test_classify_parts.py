@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import seqmodels
 from seqmodels import presets
 from seqmodels.cli import main
-from seqmodels.config import StrandsConfig
+from seqmodels.config import HeadConfig, StrandsConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.inference import Classifier, probabilities
@@ -101,6 +101,27 @@ def test_both_strands_are_averaged_and_their_difference_is_told(tmp_path, genome
     for row, f, r in zip(tables["both"], fwd, rev, strict=True):
         assert (row["label_fwd"], row["label_rev"]) == tuple(("left", "right")[i.argmax()] for i in (f, r))
         assert row["strands"] == "both"
+
+
+@pytest.mark.parametrize("targets", ["multi", "regression"])
+def test_several_labels_and_numbers_have_their_own_columns(tmp_path, genome, make_model, targets):
+    folder = make_model(head=HeadConfig(task="sequence", labels=("left", "right"), targets=targets))
+    options = {"model": folder, "device": "cpu", "window": 100, "strand": "both", "track": tmp_path / "t"}
+    assert classify([genome[0]], output=tmp_path / "o.tsv", **options) == 0
+    rows = rows_of(tmp_path / "o.tsv")[:-1]
+    parts = [genome[1].fetch(row["seq"], int(row["start"]), int(row["end"])) for row in rows]
+    logits = (logits_of(folder, parts) + logits_of(folder, map(rc, parts))) / 2
+    scores = logits if targets == "regression" else 1 / (1 + np.exp(-logits))
+    np.testing.assert_allclose(shown(rows, "value_" if targets == "regression" else "p_"), scores, atol=2e-5)
+    if targets == "regression":
+        assert not {"label", "prob", "label_fwd", "p_left", "logit_left"} & rows[0].keys()
+        with pytest.raises(InputError, match="use bedgraph or bigwig"):
+            classify([genome[0]], output=tmp_path / "o.tsv", track_format="bed", **options)
+    else:
+        names = [";".join(n for n, p in zip(("left", "right"), pair, strict=True) if p >= 0.5) for pair in scores]
+        assert [row["label"] for row in rows] == names
+    assert not (tmp_path / "t.labels.bed").exists()
+    assert (tmp_path / "t.left.bedgraph").read_text().startswith("chr1\t0\t100\t")
 
 
 def test_a_model_of_both_strands_shows_no_difference_and_reads_once(tmp_path, genome, make_model, monkeypatch):
@@ -222,9 +243,7 @@ def test_windows_of_intervals_resume_on_two_devices_to_the_same_table_and_tracks
     for name in names:
         (tmp_path / name).unlink()
     (tmp_path / "o.tsv.part").write_bytes(b"".join(lines[:20]) + lines[20][:30])
-    said = classify(
-        [genome[0]], output=tmp_path / "o.tsv", track=tmp_path / "t", resume=True, devices=2, **options
-    )
+    said = classify([genome[0]], output=tmp_path / "o.tsv", track=tmp_path / "t", resume=True, devices=2, **options)
     assert said == 0
     assert {name: (tmp_path / name).read_bytes() for name in names} == whole
     again = json.loads((tmp_path / "o.tsv.json").read_text())
