@@ -18,6 +18,7 @@ COMMANDS = {
     "dna": {
         "classify": "seqmodels.tasks.genomics.classify",
         "data": "seqmodels.tasks.genomics.public",
+        "embed": "seqmodels.tasks.genomics.embed",
         "evaluate": "seqmodels.tasks.genomics.evaluate",
         "pretrain": "seqmodels.tasks.genomics.pretrain",
         "train": "seqmodels.tasks.genomics.train",
@@ -34,6 +35,7 @@ USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help ex
 
   longseq dna classify FILE...        label the records of FASTA files: a table, one row per record
   longseq dna data list|get|info      public data sets by name, and what a data set holds
+  longseq dna embed FILE...           features of a model's layers, per record or per base
   longseq dna evaluate MODEL --data D accuracy and more on labelled data
   longseq dna pretrain GENOME... RUN  train a model to predict bases, without labels
   longseq dna train DATA RUN          train a classifier on your own data

@@ -15,7 +15,7 @@ import seqmodels
 from seqmodels.checkpoint import choose_device
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.genome import Genome, read_genome
-from seqmodels.tasks.genomics.inference import Dtype, probabilities
+from seqmodels.tasks.genomics.inference import Dtype, scores_of
 from seqmodels.tasks.genomics.table import Format, Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.tokens import MASK, A, T, Tokens, encode, reverse_complement
 from seqmodels.tasks.genomics.vcf import Change, Line, VcfReader, VcfWriter, names_of, read_change
@@ -61,7 +61,8 @@ def variants(
     p(base | all others) is taken, of the alternative window minus the reference window; for a single base that is log
     p(alt) - log p(ref) at its place. Probabilities are among A, C, G and T;
 
-    for classifiers: p_ref_<class> and dp_<class>, the probability with the reference allele and its change;
+    for classifiers: p_ref_<class> and dp_<class>, the probability with the reference allele and its change (ref_<name>
+    and change_<name> where a model predicts numbers);
 
     for all: distance and cosine_distance between the embeddings of both windows (last layer, mean over the window and
     the strands), status, note, model.
@@ -174,8 +175,9 @@ class Scorer:
         self.distance = distance
         self.columns: list[str] = []
         if self.task == "sequence":
-            self.columns += [f"p_ref_{name}" for name in config.head.labels]
-            self.columns += [f"dp_{name}" for name in config.head.labels]
+            of, change = ("ref", "change") if config.head.targets == "regression" else ("p_ref", "dp")
+            self.columns += [f"{of}_{name}" for name in config.head.labels]
+            self.columns += [f"{change}_{name}" for name in config.head.labels]
         else:
             self.columns += ["llr", *(f"llr_{'rev' if other else 'fwd'}" for other in self.strands)]
         self.columns += ["distance", "cosine_distance"] if distance else []
@@ -198,7 +200,7 @@ class Scorer:
             mean = self.model.mean_of_strands(x).mean(1, dtype=torch.float64).view(*shape, -1).mean(1)
             if self.task == "sequence":
                 logits = self.model.classify(self.model.pool([x])).double().view(*shape, -1).mean(1)
-                chances = probabilities(logits.cpu().numpy())
+                chances = scores_of(logits.cpu().numpy(), self.model.config.head.targets)
                 values |= {name: chances[:, 0, i] for i, name in enumerate(self.columns[: chances.shape[2]])}
                 changes = self.columns[chances.shape[2] : 2 * chances.shape[2]]
                 values |= {name: chances[:, 1, i] - chances[:, 0, i] for i, name in enumerate(changes)}
