@@ -42,9 +42,9 @@ if __name__ == "__main__":
     parser.add_argument("run", type=Path)
     parser.add_argument("--name", required=True, help="of the file in benchmarks/results")
     parser.add_argument("--no-test", action="store_true")
-    parser.add_argument("options", nargs="*", help="of longseq dna train")
-    given = parser.parse_args()
-    words = given.options + ([] if given.no_test else ["--test"])
+    own, _, options = " ".join(sys.argv[1:]).partition(" -- ")
+    given = parser.parse_args(own.split())
+    words = options.split() + ([] if given.no_test else ["--test"])
     rows = [measured(task, given.data, given.run, words) for task in tasks(given.data)]
     means = {key: sum(row[key] for row in rows) / len(rows) for key in ("dev_mcc", "test_mcc") if key in rows[0]}
     rows.append({"task": "mean", **means})

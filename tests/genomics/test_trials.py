@@ -11,6 +11,7 @@ import torch
 import seqmodels
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics import evaluate, trials
+from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled
 from seqmodels.tasks.genomics.tokens import encode, reverse_complement
 from seqmodels.tasks.genomics.train import train
@@ -110,6 +111,14 @@ def test_several_labels_and_numbers_are_learnt_and_evaluated(kind, tmp_path, one
     capsys.readouterr()
     assert evaluate.evaluate(str(tmp_path / "run" / "model"), tmp_path, resamples=20, device="cpu") == 0
     assert "label  " in capsys.readouterr().out
+    (tmp_path / "x.fa").write_text(f">gc\n{'GGC' * 15}\n>at\n{'ATTAA' * 9}\n")
+    assert classify([tmp_path / "x.fa"], str(tmp_path / "run" / "model"), tmp_path / "o.csv", device="cpu") == 0
+    gc, at = csv.DictReader((tmp_path / "o.csv").read_text().splitlines())
+    if kind == "multi":
+        assert float(at["p_at"]) > float(gc["p_at"])
+        assert gc["label"] == ";".join(name for name in ("at", "gc") if float(gc[f"p_{name}"]) >= 0.5)
+    else:
+        assert float(at["value_at"]) > float(gc["value_at"])
     model = seqmodels.load(tmp_path / "run" / "model")
     if kind == "regression":  # in the units of the data
         records = load_labelled(tmp_path, split="train", targets=kind)
