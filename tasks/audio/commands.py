@@ -50,8 +50,9 @@ def generate(
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
     import seqmodels
     from seqmodels.checkpoint import choose_device
-    from seqmodels.tasks.audio.generate import Sampling, prompt_labels
+    from seqmodels.sampling import Sampling
     from seqmodels.tasks.audio.generate import generate as generate_sound
+    from seqmodels.tasks.audio.generate import prompt_labels
     from seqmodels.tasks.audio.waveform import check_writable, mu_law_of, read_audio, resample
 
     sampling = Sampling(temperature, top_k, top_p)

@@ -9,9 +9,10 @@ import torch
 from seqmodels.config import ConditionConfig, HeadConfig, Mamba2Config, ModelConfig, MultiscaleConfig, StageConfig
 from seqmodels.errors import InputError
 from seqmodels.heads import build
+from seqmodels.sampling import Sampling, draw, prefill
 from seqmodels.tasks.audio.datasets import tokenise
 from seqmodels.tasks.audio.evaluate import score
-from seqmodels.tasks.audio.generate import Sampling, draw, generate, label_ids, prefill, prompt_labels
+from seqmodels.tasks.audio.generate import generate, label_ids, prompt_labels
 from seqmodels.tasks.audio.waveform import MuLaw
 
 MU_LAW = MuLaw()
