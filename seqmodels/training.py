@@ -80,7 +80,9 @@ class TrainingConfig:
     max_steps: int = 1000
     "Optimizer steps."
     learning_rate: float = 1e-3
-    "Peak learning rate; warmed up linearly, then cosine to zero."
+    "Peak learning rate; warmed up linearly, then a cosine down to `final_rate`."
+    final_rate: float = 0.0
+    "Learning rate at the end, as a part of the peak."
     warmup: float = 0.1
     "Part of the steps that the warm-up takes."
     weight_decay: float = 0.1
@@ -305,12 +307,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def schedule(step: int, max_steps: int, warmup: float) -> float:
-    """Factor on the learning rate: linear warm-up, then a cosine to zero at max_steps."""
+def schedule(step: int, max_steps: int, warmup: float, final: float = 0.0) -> float:
+    """Factor on the learning rate: linear warm-up, then a cosine to `final` at max_steps."""
     rising = max(1, round(warmup * max_steps))
     if step < rising:
         return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, max_steps - rising))))
+    falling = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, max_steps - rising))))
+    return final + (1 - final) * falling
 
 
 class _Steps(Dataset):
@@ -506,7 +509,7 @@ class _Task(pl.LightningModule):
             parameter_groups(self.model, training.weight_decay), lr=training.learning_rate, betas=training.betas
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: schedule(step, training.max_steps, training.warmup)
+            optimizer, lambda step: schedule(step, training.max_steps, training.warmup, training.final_rate)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -11,7 +11,7 @@ from seqmodels.config import HeadConfig, ModelConfig, Targets
 from seqmodels.errors import InputError
 from seqmodels.files import write_json
 from seqmodels.tasks.genomics.backbones import Mixer, Strands, choose_backbone
-from seqmodels.tasks.genomics.datasets import RecordData, parse_lengths, training_data
+from seqmodels.tasks.genomics.datasets import RecordData, WindowData, parse_lengths, training_data
 from seqmodels.tasks.genomics.kmers import fit_kmers
 from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, splits_of
 from seqmodels.tasks.genomics.tokens import TOKENIZER, VOCAB_SIZE
@@ -28,6 +28,7 @@ def train(
     window: str | list[int] | None = None,
     batch_tokens: int = 65536,
     batching: Literal["padded", "packed"] = "padded",
+    epochs: float = 0,
     length_warmup: int = 0,
     validation_fraction: float = 0.1,
     validation_windows: int = 40,
@@ -68,6 +69,14 @@ def train(
         longseq dna train promoters.csv runs/promoters --mixer mamba --bidirectional --tie-projections
             --strands conjoined
 
+    The recipe of Caduceus' table of the Genomic Benchmarks: batches of 256 sequences (here of 500 bases), a rate of
+    1e-3 or 2e-3; each seed holds out its own tenth of the train split, and the weights with the best loss on it are
+    tested:
+
+        longseq dna train genomic-benchmarks/human_enhancers_cohn runs/cohn --start-from caduceus-ph
+            --strands conjoined --batch-tokens 128000 --epochs 10 --seeds 5 --test --training.learning-rate 1e-3
+            --training.betas [0.9,0.999] --training.warmup 0.01 --training.final-rate 0.1
+
     Data with official splits (see longseq dna data) are used as such: weights are learnt from train and chosen by dev.
     Without a dev split, validation data are cut from the training data: a part of the records of each class, or of each
     long record a contiguous stretch that no training window touches. The test split is not looked at unless --test asks
@@ -99,6 +108,8 @@ def train(
         batching: How short records share a batch. padded: those of similar length side by side, the shorter ones
             filled up; packed: any, end to end in a few long rows, with next to nothing filled up. Either way every
             record is read once per pass, and what lies beside it never changes what the model makes of it.
+        epochs: Passes over short records to train for, validating after each, instead of --training.max-steps and
+            --training.validate-every; 0 means as those say.
         length_warmup: Steps over which the windows of long records grow from 1024 bases to their length, doubling.
         validation_fraction: Part of the data that is held out.
         validation_windows: Windows per class and length that are validated, at most, in long records.
@@ -184,6 +195,8 @@ def train(
             packed=batching == "packed",
             validation=trial.validation,
         )
+        if epochs:
+            training = _by_epochs(training, epochs, served)
         backbone = choose_backbone(
             start_from, mixer, d_model, n_layer, d_state, kmer, kmer_width, strands=strands,
             bidirectional=bidirectional, tie_projections=tie_projections,
@@ -244,6 +257,18 @@ def _splits(
     if targets != "single" and splits["train"].long:
         raise InputError("windows of long records have one class each; leave --targets out")
     return splits
+
+
+def _by_epochs(training: TrainingConfig, epochs: float, served: RecordData | WindowData) -> TrainingConfig:
+    """The same for so many passes over the data."""
+    if not isinstance(served, RecordData) or training.step_tokens or epochs < 0:
+        raise InputError(
+            f"epochs is {epochs}; they count passes over short records, in steps of as many batches as --training."
+            "accumulate says: give max-steps for windows of genomes and with --training.step-tokens"
+        )
+    per_pass = served.batches_per_pass / training.batches_per_step
+    steps = max(1, round(epochs * per_pass))
+    return dataclasses.replace(training, max_steps=steps, validate_every=min(steps, max(1, round(per_pass))))
 
 
 def _class_weights(given: str | list[float] | None, records: LabelledRecords) -> tuple[float, ...]:

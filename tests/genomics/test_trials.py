@@ -9,13 +9,17 @@ import pytest
 import torch
 
 import seqmodels
+from seqmodels import presets
+from seqmodels.caduceus import save_caduceus
+from seqmodels.cli import main
+from seqmodels.config import HeadConfig, ModelConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics import evaluate, trials
 from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled
-from seqmodels.tasks.genomics.tokens import encode, reverse_complement
+from seqmodels.tasks.genomics.tokens import TOKENIZER, encode, reverse_complement
 from seqmodels.tasks.genomics.train import train
-from seqmodels.training import TrainingConfig
+from seqmodels.training import TrainingConfig, schedule
 
 TINY = {"d_model": 32, "n_layer": 1, "d_state": 8, "batch_tokens": 4000}
 
@@ -135,9 +139,32 @@ def test_a_frozen_backbone_stays_and_the_head_learns(splits, tmp_path, one_threa
     assert json.loads((tmp_path / "head" / "run.json").read_text())["tune"] == "head"
 
 
+def test_the_caduceus_recipe_runs_on_a_genomic_benchmark(tmp_path, one_thread):
+    data = tmp_path / "human_enhancers_cohn"
+    for seed, (split, n) in enumerate((("train", 80), ("test", 20))):
+        for i, (sequence, p) in enumerate(sequences(n, seed)):
+            folder = data / split / ("positive" if p > 0.5 else "negative")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i}.txt").write_text(sequence)
+    backbone = presets.caduceus(16, 1)
+    config = ModelConfig(vocab_size=16, backbone=backbone, head=HeadConfig(task="masked_token"), tokenizer=TOKENIZER)
+    pretrained = str(save_caduceus(seqmodels.build(config, seed=3), tmp_path / "caduceus-ph"))
+    words = f"dna train {data} {tmp_path / 'run'} --start-from {pretrained} --strands conjoined --batch-tokens 320"
+    words += " --epochs 2 --seeds 2 --test --training.learning-rate 1e-3 --training.betas [0.9,0.999]"
+    words += " --training.warmup 0.01 --training.final-rate 0.1 --training.device cpu"
+    assert main(words.split()) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["classes"] == ["negative", "positive"]
+    assert [m["records"] for m in results["models"]] == [{"dev": 8, "test": 20}] * 2
+    settings = json.loads((tmp_path / "run" / "seed1" / "run.json").read_text())["training"]
+    assert (settings["max_steps"], settings["validate_every"]) == (18, 9)  # 72 records, 8 at a time
+    assert schedule(18, 18, 0.01, settings["final_rate"]) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"epochs": 2, "training": training(step_tokens=1 << 17)}, "they count passes over short records"),
         ({"tune": "head"}, "name one"),
         ({"folds": 1}, "folds 1; give at least one seed, and no folds or two or more"),
         ({"seeds": 0}, "seeds is 0"),
