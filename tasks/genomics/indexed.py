@@ -22,8 +22,41 @@ import pyfaidx
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.fasta import BLOCK, FastaReader, decompressed, open_bytes, parse_header
 
-_WHITE_SPACE = b" \t\r\n\v\f"
-_NOT_ASCII = bytes(range(128)) + b"\x7f" * 128  # what pyfaidx cannot decode stays a byte that is no base
+_WHITE_SPACE = b" \t\r\n"  # as of tokens.py
+_NO_BASE = (bytes(range(128)) + b"\x7f" * 128).replace(b">", b"\x7f")  # what pyfaidx would not take for sequence
+
+
+def _is_regular(path: Path, name: str) -> bool:
+    """Whether the lines of each record are of one length, but for a shorter last one, and have nothing but ASCII.
+
+    pyfaidx indexes a record whose last line is longer without a word, and then finds other bases than are asked for.
+    """
+    with open_bytes(path, name) as raw:
+        stream, bgzf = decompressed(raw, name)
+        bases = width = 0  # of the first line, without and with its end
+        ended = False
+        for line in stream:
+            if line.startswith(b">"):
+                bases, width, ended = 0, 0, False
+                continue
+            size = len(line.rstrip(b"\r\n"))
+            bases, width = bases or size, width or len(line)
+            uneven = size > bases or (size == bases and len(line) != width and line.endswith(b"\n"))
+            if uneven or (ended and size) or not line.isascii() or any(c in line[:size] for c in b" \t\r"):
+                return False
+            ended = ended or size < bases
+        if bgzf is not None:
+            bgzf.check()
+    return True
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files may be made in a folder; not in one without any permission to, also if root could."""
+    return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
+
+
+def _key(name: str) -> str:
+    return parse_header(name.encode(errors="replace"))[0]
 
 
 class IndexedFasta:
@@ -43,7 +76,10 @@ class IndexedFasta:
         """Bases start .. end (from 0, end excluded) as the file has them, and N for those beyond its ends."""
         length = self._faidx.index[seq].rlen
         first, last = min(max(start, 0), length), min(max(end, 0), length)
-        found = self._faidx.fetch(seq, first + 1, last).encode() if first < last else b""
+        try:
+            found = self._faidx.fetch(seq, first + 1, last).encode() if first < last else b""
+        except UnicodeDecodeError:
+            found = b""
         if len(found.translate(None, _WHITE_SPACE)) != last - first:
             raise InputError(
                 f"{self.name}: bases {first + 1} to {last} of {seq} cannot be found: white space within lines, or "
@@ -77,13 +113,13 @@ class IndexedFasta:
                 as_it_is = suffix in (".gz", ".bgz") if bgzf else stream is raw and suffix not in (".gz", ".bgz")
             next(iter(FastaReader(path)))  # says what is no FASTA at all
             if as_it_is:
-                with contextlib.suppress(pyfaidx.FastaIndexingError, UnicodeDecodeError):
+                with contextlib.suppress(pyfaidx.FastaIndexingError, RuntimeError, UnicodeDecodeError):
                     return self._indexed(path)
         folder = self._temporary_folder()
         self._unpack(folder / "genome.fa")
         try:
             return self._indexed(folder / "genome.fa")
-        except pyfaidx.FastaIndexingError as error:
+        except (pyfaidx.FastaIndexingError, RuntimeError) as error:
             raise InputError(f"{self.name} cannot be indexed: {' '.join(str(error).split())}") from None
 
     def _temporary_folder(self) -> Path:
@@ -100,7 +136,9 @@ class IndexedFasta:
             made = path.stat().st_mtime
             if all(index.is_file() and index.stat().st_mtime >= made for index in beside):
                 return self._faidx_of(path, beside)
-            folder = path.parent if os.access(path.parent, os.W_OK) else self._temporary_folder()
+            if not _is_regular(path, self.name):
+                raise pyfaidx.FastaIndexingError("lines of different lengths")
+            folder = path.parent if _writable(path.parent) else self._temporary_folder()
             new = [folder / f".{index.name}.{os.getpid()}.tmp" for index in beside]
             try:
                 faidx = self._faidx_of(path, new)
@@ -112,8 +150,8 @@ class IndexedFasta:
                     if folder == path.parent:
                         index.unlink(missing_ok=True)
             return faidx
-        except OSError as error:
-            said = error.strerror or "it is cut off, or its index cannot be written"
+        except (OSError, EOFError, zlib.error) as error:
+            said = getattr(error, "strerror", None) or "it is cut off, or damaged, or its index cannot be written"
             raise InputError(f"cannot index {self.name}: {said}; copy or download it again, or make room") from None
 
     def _faidx_of(self, path: Path, indices: list[Path]) -> pyfaidx.Faidx:
@@ -121,7 +159,7 @@ class IndexedFasta:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return pyfaidx.Faidx(str(path), str(indices[0]), as_raw=True, rebuild=True, **gzi)
+                return pyfaidx.Faidx(str(path), str(indices[0]), as_raw=True, key_function=_key, **gzi)
         except (ValueError, IndexError, zlib.error) as error:
             if isinstance(error, UnicodeDecodeError):
                 raise
@@ -151,7 +189,7 @@ class IndexedFasta:
                         file.write((b"\n" if number else b"") + b">" + name.encode() + b"\n")
                         number += 1
                     elif number:
-                        file.write(line.translate(_NOT_ASCII, _WHITE_SPACE))
+                        file.write(line.translate(_NO_BASE, _WHITE_SPACE))
                     elif line.strip():
                         raise InputError(f"{self.name} has text before the first '>'; remove it or give a FASTA file")
                     at_start = line.endswith(b"\n")

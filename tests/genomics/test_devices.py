@@ -111,10 +111,11 @@ def test_torchruns_processes_share_the_records(tmp_path, files, folder, whole):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus_write_the_table_of_one(tmp_path, files, folder):
+@pytest.mark.parametrize("more", [{}, {"window": 300, "stride": 100, "strand": "both"}])
+def test_two_gpus_write_the_table_of_one(tmp_path, files, folder, more):
     tables = []
     for devices in (1, 2):
-        options = {**OPTIONS, "device": "cuda", "devices": devices}
+        options = {**OPTIONS, **more, "device": "cuda", "devices": devices}
         assert classify(files, model=folder, output=tmp_path / f"{devices}.tsv", **options) == 2
         tables.append((tmp_path / f"{devices}.tsv").read_bytes())
     assert tables[0] == tables[1]

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seqmodels.errors import InputError
+from seqmodels.tasks.genomics.fasta import FastaReader
 from seqmodels.tasks.genomics.indexed import IndexedFasta
 from seqmodels.tasks.genomics.intervals import Interval, parse_region, read_intervals
 from seqmodels.tasks.genomics.pieces import Cut, Intervals, sliding
@@ -166,6 +167,39 @@ def test_an_index_is_made_once_and_again_when_the_file_has_changed(tmp_path):
     os.utime(path, (made.st_mtime + 10, made.st_mtime + 10))
     assert IndexedFasta(path).lengths == {"b": 3}
     assert sorted(os.listdir(tmp_path)) == ["x.fa", "x.fa.fai"]
+
+
+@pytest.mark.parametrize("name", ["plain.fa", "bgzf.fa.gz"])
+def test_a_folder_that_may_not_be_written_to_gets_no_index(genome, tmp_path, name):
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    (folder / name).write_bytes((genome[0] / name).read_bytes())
+    folder.chmod(0o555)
+    try:
+        assert IndexedFasta(folder / name).fetch("chr2", 3, 9).decode() == genome[1].fetch("chr2", 3, 9)
+        assert os.listdir(folder) == [name]
+    finally:
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ">a\nACGT\nACGTA\n>b\nTTTGGGCCC\n",  # pyfaidx takes a longer last line for a shorter one
+        ">a\nACGT\n\nACGT\n\n\n>b\nTTTG\nGG\n\n", ">a\nACGT\r\nACGT\nAC\r\n>b\nTG\r\nGC\r\n",
+        ">a\nAC GT\nTC GA\nA\n>b\nTTT",
+        ">a\nAC\tGT\n>b\n\tT>TT", ">a x\n\n\nACGT\nAC\n\x00>b\n>b y\nTGCA",
+    ],
+)  # fmt: skip
+def test_lines_of_any_shape_give_the_bases_that_are_there(tmp_path, text):
+    (tmp_path / "x.fa").write_text(text, newline="")
+    truth = {record.name: bytes(record.tokens()) for record in FastaReader(tmp_path / "x.fa")}
+    for _ in range(2):
+        opened = IndexedFasta(tmp_path / "x.fa")
+        for name, tokens in truth.items():
+            for start in range(len(tokens)):
+                assert bytes(encode(opened.fetch(name, start, len(tokens)))) == tokens[start:]
+            assert opened.lengths[name] == len(tokens) or ">" in text.splitlines()[-2]
 
 
 @pytest.mark.parametrize(
