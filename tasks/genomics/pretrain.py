@@ -1,9 +1,7 @@
 """`longseq dna pretrain`: a model that predicts bases, from genomes without labels."""
 
 import dataclasses
-import gzip
 import sys
-import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +18,7 @@ from seqmodels.heads import IGNORED
 from seqmodels.tasks.genomics.backbones import Mixer, choose_backbone
 from seqmodels.tasks.genomics.datasets import Stretch, warmed_up_length
 from seqmodels.tasks.genomics.genome import Genome, read_genome
+from seqmodels.tasks.genomics.intervals import read_intervals
 from seqmodels.tasks.genomics.markov import reference_bits
 from seqmodels.tasks.genomics.tokens import (
     COMPLEMENT_MAP,
@@ -261,32 +260,18 @@ def _inside(intervals: list[Stretch], parts: list[Stretch], window: int) -> list
 
 def read_bed(path: Path, genome: Genome) -> dict[str, list[Stretch]]:
     """Intervals of a BED file by what their fourth column says: train, validation and test, or all as ''."""
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8")
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the path") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not text; give a BED file, plain or compressed with gzip") from None
     numbers = {name: i for i, name in enumerate(genome.names)}
     rows: list[tuple[str, Stretch]] = []
-    for line, content in enumerate(text.splitlines(), start=1):
-        if not content.strip() or content.startswith(("#", "track", "browser")):
-            continue
-        fields = content.split("\t") if "\t" in content else content.split()
-        where = f"{path} line {line}"
-        if len(fields) < 3 or not (fields[1].isdecimal() and fields[2].isdecimal()):
-            raise InputError(f"{where}: {content[:40]!r} is no interval; expected record, start and end")
-        if fields[0] not in numbers:
-            raise InputError(f"{where}: the genomes have no record {fields[0]!r}; use the names of the FASTA file")
-        record, start, end = numbers[fields[0]], int(fields[1]), int(fields[2])
-        if not start < end <= genome.length(record):
+    for interval in read_intervals(path):
+        if interval.seq not in numbers:
+            raise InputError(f"{path}: the genomes have no record {interval.seq!r}; use the names of the FASTA file")
+        record = numbers[interval.seq]
+        if not interval.start < interval.end <= genome.length(record):
             raise InputError(
-                f"{where}: {start} to {end} is no stretch of {fields[0]}, which has {genome.length(record)} bases"
+                f"{path}: {interval.start} to {interval.end} is no stretch of {interval.seq}, which has "
+                f"{genome.length(record)} bases"
             )
-        rows.append(
-            (_SPLITS.get(fields[3].strip().lower(), "") if len(fields) > 3 else "", Stretch(record, start, end))
-        )
+        rows.append((_SPLITS.get(interval.name.lower(), ""), Stretch(record, interval.start, interval.end)))
     if not rows:
         raise InputError(f"{path} has no intervals; give a BED file with record, start and end in each line")
     said = all(split for split, _ in rows)  # other names are names of the intervals

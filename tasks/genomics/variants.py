@@ -16,6 +16,7 @@ from seqmodels.checkpoint import choose_device
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.genome import Genome, read_genome
 from seqmodels.tasks.genomics.inference import Dtype, scores_of
+from seqmodels.tasks.genomics.intervals import printable
 from seqmodels.tasks.genomics.table import Format, Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.tokens import MASK, A, T, Tokens, encode, reverse_complement
 from seqmodels.tasks.genomics.vcf import Change, Line, VcfReader, VcfWriter, names_of, read_change
@@ -283,7 +284,7 @@ def _scored(
                 rows.append((line, row))
                 change = read_change(genome, records, line, allele)
                 if not isinstance(change, Change):
-                    row |= {"status": change.status, "note": _printable(change.note)}
+                    row |= {"status": change.status, "note": printable(change.note)}
                 else:
                     pos, ref, alt = change.written(genome)
                     row |= {"kind": change.kind, "norm_pos": pos, "norm_ref": ref, "norm_alt": alt}
@@ -309,10 +310,10 @@ def _scored(
 def _describe(line: Line, allele: int, keys: list[str], model: str) -> Row:
     """The part of a row that is the line's own."""
     pos = line.field("POS")
-    row: Row = {"chrom": _printable(line.field("CHROM")), "id": _printable(line.field("ID"))}
+    row: Row = {"chrom": printable(line.field("CHROM")), "id": printable(line.field("ID"))}
     row |= {"pos": int(pos) if pos.isascii() and pos.isdecimal() and len(pos) < 13 else None, "model": model}
-    row |= {"ref": _printable(line.field("REF")), "alt": _printable(line.alternatives[allele])}
-    return row | {key: _printable(line.info(key, allele)) for key in keys}
+    row |= {"ref": printable(line.field("REF")), "alt": printable(line.alternatives[allele])}
+    return row | {key: printable(line.info(key, allele)) for key in keys}
 
 
 def _columns(scorer: Scorer, keys: list[str]) -> dict[str, type]:
@@ -374,7 +375,3 @@ class _AsVcf:
         if self._line is not None:
             self._writer.write(self._line, self._values)
         self._line, self._values = line, []
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)

@@ -6,7 +6,6 @@ from 1 where they are VCF's, and from 0 inside of the package.
 
 import gzip
 import os
-import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from seqmodels.errors import InputError
+from seqmodels.tasks.genomics.fasta import decompressed, open_bytes
 from seqmodels.tasks.genomics.genome import Genome
 from seqmodels.tasks.genomics.tokens import A, T, decode, encode
 
@@ -80,11 +80,9 @@ class VcfReader:
             raise InputError(f"{self.name} is empty; give a VCF file")
 
     def _lines(self) -> Iterator[str]:
-        try:
-            given = str(self._path) == "-"
-            with open(sys.stdin.fileno() if given else self._path, "rb", closefd=not given) as raw:
-                packed = raw.peek(2)[:2] == b"\x1f\x8b"  # pyright: ignore
-                file = gzip.GzipFile(fileobj=raw) if packed else raw
+        with open_bytes(self._path, self.name, "VCF") as raw:
+            file, bgzf = decompressed(raw, self.name, "VCF")
+            try:
                 for i, line in enumerate(file):
                     if i == 0 and line.startswith(b"BCF"):
                         raise InputError(f"{self.name} is BCF; make it VCF with: bcftools view {self.name}")
@@ -92,10 +90,14 @@ class VcfReader:
                         raise InputError(f"{self.name} line {i + 1} is not text; give a VCF file")
                     text = line[3 * (i == 0 and line.startswith(b"\xef\xbb\xbf")) :]  # a byte order mark
                     yield text.rstrip(b"\r\n").decode("utf-8", errors="surrogateescape")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"{self.name} is cut off or damaged ({error}); copy or download it again") from None
-        except OSError as error:
-            raise InputError(f"cannot read {self.name}: {error.strerror or error}; check the path") from None
+                if bgzf is not None:
+                    bgzf.check()
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise InputError(
+                    f"{self.name} is cut off or damaged ({str(error) or 'it does not end'}); copy or download it again"
+                ) from None
+            except OSError as error:
+                raise InputError(f"cannot read {self.name}: {error.strerror or error}; check it") from None
 
 
 def _parse(number: int, text: str) -> Line:

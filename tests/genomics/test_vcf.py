@@ -155,12 +155,23 @@ def test_a_written_file_holds_every_line_and_pysam_reads_the_new_values(tmp_path
         (gzip.compress(b"BCF\x02\x02rest"), "is BCF"),
         (gzip.compress((HEADER + "x\t3\t.\tG\tA\n").encode() * 50)[:-30], "cut off or damaged"),
         (b"\x00\x01\x02", "is not text"),
+        (b"PK\x03\x04", "is not VCF but a zip archive"),
     ],
 )
 def test_what_is_no_vcf_is_told_in_one_line(tmp_path, content, message):
     (tmp_path / "x.vcf").write_bytes(content)
     with pytest.raises(InputError, match=message):
         list(VcfReader(tmp_path / "x.vcf"))
+
+
+def test_a_file_cut_between_two_blocks_is_told_after_its_good_lines(tmp_path):
+    with pysam.BGZFile(str(tmp_path / "x.vcf.gz"), "w") as file:
+        file.write((HEADER + "x\t3\t.\tG\tA\n").encode())
+    (tmp_path / "x.vcf.gz").write_bytes((tmp_path / "x.vcf.gz").read_bytes()[:-28])
+    lines = iter(VcfReader(tmp_path / "x.vcf.gz"))
+    assert next(lines).field("POS") == "3"
+    with pytest.raises(InputError, match="cut off or damaged"):
+        next(lines)
 
 
 def test_mutated_files_give_a_change_or_a_problem_for_every_allele_or_one_clear_line(make_genome, tmp_path):
