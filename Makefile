@@ -9,8 +9,8 @@ RUN := .venv/bin
 demo: .venv/installed
 	$(RUN)/python examples/demo.py
 
-test: .venv/tested
-	$(RUN)/python -m pytest -q
+test: .venv/tested  # models so small only lose by a second thread
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n auto --dist loadfile
 
 test-gpu: .venv/tested
 	$(RUN)/python -m pytest -q -m gpu -n 8 --dist loadgroup
