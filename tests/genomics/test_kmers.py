@@ -1,6 +1,7 @@
 """The k-mer regression: its counts, its reading in chunks and on both strands, its fit, its files."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,9 @@ import torch
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
+import seqmodels
+from seqmodels import presets
+from seqmodels.config import ConvConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.evaluate import evaluate
@@ -16,6 +20,7 @@ from seqmodels.tasks.genomics.kmers import complement_of_words, frequencies, is_
 from seqmodels.tasks.genomics.labelled import load_labelled
 from seqmodels.tasks.genomics.tokens import encode, pad_right, reverse_complement
 from seqmodels.tasks.genomics.train import train
+from seqmodels.training import TrainingConfig
 
 
 def sequences(n, seed, motif="GATTACA"):
@@ -125,6 +130,19 @@ def test_labels_and_numbers_have_a_baseline_too(kind, tmp_path):
     rows = {(row["measured on"], row["metric"]): row["mean"] for row in results["summary"]}
     assert rows["fold", "auroc" if kind == "multi" else "pearson"] > 0.5
     assert len(results["models"]) == 2
+
+
+def test_the_convolutional_baseline_is_trained_by_the_same_command(data, tmp_path, one_thread):
+    options = {"d_model": 16, "n_layer": 2, "batch_tokens": 4000, "strands": "conjoined", "epochs": 3, "test": True}
+    training = TrainingConfig(device="cpu", learning_rate=1e-2)
+    assert train(data, tmp_path / "run", baseline="cnn", pool="max", **options, training=training) == 0
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["summary"]
+    measured = {(row["measured on"], row["metric"]): row["mean"] for row in rows}
+    assert measured["test", "accuracy"] > 0.6
+    config = seqmodels.load(tmp_path / "run" / "model").config
+    assert config.backbone.layers == (ConvConfig(), ConvConfig())
+    million = seqmodels.build(dataclasses.replace(config, backbone=presets.cnn()))
+    assert 0.9e6 < sum(p.numel() for p in million.parameters()) < 1.1e6
 
 
 def test_bad_words_and_folders_are_told(data, run, tmp_path):

@@ -74,6 +74,8 @@ def test_seeds_give_a_table_and_the_test_split_is_measured_once_per_finished_mod
     train(splits, tmp_path / "run", **again)
     assert len(looked) == 4
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    train(splits, tmp_path / "dev", **again | {"class_weights": None})  # measured before, but not on the test split
+    assert [count for _, count in looked[4:]] == [30] * 4
 
 
 def test_folds_hold_out_each_sequence_once_and_equal_ones_together():
