@@ -34,7 +34,7 @@ COMMANDS = {
 
 USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help explains one
 
-  longseq dna classify FILE...        label the records of FASTA files: a table, one row per record
+  longseq dna classify FILE...        label records, intervals or windows of FASTA files: a table, one row each
   longseq dna data list|get|info      public data sets by name, and what a data set holds
   longseq dna embed FILE...           features of a model's layers, per record or per base
   longseq dna evaluate MODEL --data D accuracy and more on labelled data
