@@ -235,7 +235,7 @@ def train(
         if rows := summary(models):
             about = {"data": data.name, "targets": targets, "classes": list(splits["train"].classes), "seeds": seeds}
             write_json(run / "results.json", {**about, "folds": folds, "models": models, "summary": rows})
-            print(shown(rows))
+            print(shown(rows), file=sys.stderr)
         print(run / "model" if len(trials) == 1 else run / "results.json")
     return 0
 

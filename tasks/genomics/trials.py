@@ -107,19 +107,19 @@ Measure = Callable[[Path, LabelledRecords], list[dict[str, Any]]]
 
 
 def run_trials(trials: list[Trial], learn: Learn, measure: Measure) -> list[dict[str, Any]]:
-    """Trains and measures each; what was finished before is not repeated where the training is resumed.
+    """Trains and measures each; what was measured before is not measured again where the training is resumed.
 
     `learn` gives the model's folder and the records that were held out of its own, which it is measured on as "dev".
     """
     models = []
     for trial in trials:
         kept = trial.run / MEASURED
+        model, held_out = learn(trial)  # of a finished model this only checks that it is resumed as it was started
         if trial.training.resume and kept.exists():
             before = read_json(kept)
             if trial.measured.keys() <= before.get("results", {}).keys():
                 models.append(before)
                 continue
-        model, held_out = learn(trial)
         chosen = trial.validation or held_out
         measured = ({"dev": chosen} if chosen is not None else {}) | trial.measured
         found = {name: measure(model, records) for name, records in measured.items()}
