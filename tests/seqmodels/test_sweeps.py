@@ -45,14 +45,7 @@ STACKS = {
 }
 POSITION = HeadConfig(task="position", labels=("a", "b", "c"))
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models so small only lose by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(*names, head=POSITION, dtype=torch.float64, conditions=(), **options):

@@ -34,14 +34,14 @@ def unable(device):
 
 
 @pytest.fixture
-def one_thread():
+def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("two_threads")
 def test_each_request_is_answered_once_by_who_is_free(monkeypatch):
     monkeypatch.setattr(module, "AHEAD", 1 << 17)  # less than what is asked in parts
     with Workers(make, ["cpu", "cpu"]) as workers:
