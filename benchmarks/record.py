@@ -19,12 +19,12 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def write_result(name: str, rows: list[dict[str, Any]]) -> Path:
+def write_result(name: str, rows: list[dict[str, Any]], commit_given: str | None = None) -> Path:
     """The rows (one per measurement) with machine, versions, commit, command and date; returns the file's path."""
     record = {
         "machine": machine(),
         "versions": versions(),
-        "commit": commit(),
+        "commit": commit_given or commit(),
         "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "rows": rows,
