@@ -9,6 +9,11 @@ if not torch.cuda.is_available():  # before triton is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("data") and "LONGSEQ_DATA" not in os.environ:
+        pytest.skip("LONGSEQ_DATA does not name the folder of real data")
+
+
 @pytest.fixture
 def nan_in_fresh_memory():
     """An element that an op forgets to write is NaN."""
@@ -24,3 +29,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_make_parametrize_id(val, argname):
+    """Bytes are named by their argument: gzip holds the time, and processes must name the tests they share alike."""
+    return argname if isinstance(val, bytes) else None

@@ -272,7 +272,6 @@ def test_a_spectrogram_shows_a_tone_at_its_frequency():
 
 
 @pytest.mark.data
-@pytest.mark.skipif("LONGSEQ_DATA" not in os.environ, reason="LONGSEQ_DATA does not name the folder of real data")
 def test_a_random_model_needs_eight_bits_for_a_spoken_digit(checkpoint, tmp_path):
     digits = Path(os.environ["LONGSEQ_DATA"]) / "audio" / "fsdd"
     table = tmp_path / "two.csv"

@@ -272,7 +272,6 @@ def test_flipped_variants_are_the_encoding_of_the_negated_wave():
 
 
 @pytest.mark.data
-@pytest.mark.skipif("LONGSEQ_DATA" not in os.environ, reason="LONGSEQ_DATA does not name the folder of real data")
 def test_the_spoken_digits_are_what_their_readme_says():
     recordings = open_recordings(Path(os.environ["LONGSEQ_DATA"]) / "audio" / "fsdd")
     conditions, ids = parse_conditions(recordings.rows, "digit=word,speaker")
