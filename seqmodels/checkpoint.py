@@ -6,6 +6,7 @@ loader.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from seqmodels.config import ModelConfig, from_dict, to_dict
 from seqmodels.errors import InputError
@@ -54,11 +56,37 @@ def load(
     """
     folder = resolve(path_or_name)
     config, tensors = read(folder)
-    with _as_said(folder), torch.device("meta"):  # no memory for what config.json makes too large
-        check(build(config), tensors, folder)
-    model = build(config)
+    with _as_said(folder):
+        try:
+            with _AtMost(4 * sum(tensor.numel() for tensor in tensors.values()) + (1 << 20)):
+                model = build(config)
+        except _TooLargeError:  # or so it seems: no memory for what config.json makes too large
+            with torch.device("meta"):  # not always: this imports PyTorch's compiler, for two seconds
+                check(build(config), tensors, folder)
+            model = build(config)
+        check(model, tensors, folder)
     fill(model, tensors)
     return model.to(device=device, dtype=dtype or torch.float32).eval()
+
+
+class _TooLargeError(Exception):
+    """More elements than a checkpoint can fill."""
+
+
+class _AtMost(TorchFunctionMode):
+    """A context in which new tensors have so many elements in all."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.left = elements
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.empty, torch.zeros, torch.ones, torch.full):
+            size = args[0] if args and isinstance(args[0], (tuple, list)) else [n for n in args if isinstance(n, int)]
+            self.left -= math.prod(size)
+            if self.left < 0:
+                raise _TooLargeError
+        return func(*args, **(kwargs or {}))
 
 
 def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

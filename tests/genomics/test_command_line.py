@@ -58,3 +58,11 @@ def test_standard_input_and_output_work_in_a_real_process(model):
     assert done.stderr.splitlines() == [
         "longseq: standard input: 1 of 3 records are not ok (1 empty); see the columns status and note"
     ]
+
+
+def test_a_command_starts_without_pytorchs_compiler_whose_import_takes_seconds(tmp_path):
+    (tmp_path / "x.fa").write_text(RECORDS)
+    words = ["dna", "classify", str(tmp_path / "x.fa"), "-o", str(tmp_path / "o.tsv"), "--device", "cpu"]
+    code = f"import sys; from seqmodels.cli import main; main({words}); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
