@@ -5,14 +5,15 @@ from 1 where they are VCF's, and from 0 inside of the package.
 """
 
 import gzip
-import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from seqmodels.errors import InputError
+from seqmodels.files import replacing
 from seqmodels.tasks.genomics.fasta import decompressed, open_bytes
 from seqmodels.tasks.genomics.genome import Genome
 from seqmodels.tasks.genomics.tokens import A, T, decode, encode
@@ -223,24 +224,17 @@ class VcfWriter:
     def __init__(self, path: Path, fields: Mapping[str, tuple[str, str]]) -> None:
         """`fields`: for each name its type (Float or String) and description."""
         self._path, self._fields = path, fields
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self.kept = 0
 
     def __enter__(self) -> "VcfWriter":
-        try:
-            if self._path.suffix == ".gz":
-                try:
-                    from pysam import BGZFile
-                except ImportError:
-                    raise InputError(
-                        f"{self._path} needs pysam, which compresses in blocks; pip install pysam, or give .vcf"
-                    ) from None
-                open(self._temporary, "wb").close()
-                self._file: Any = BGZFile(str(self._temporary), "wb")
-            else:
-                self._file = open(self._temporary, "wb")
-        except OSError as error:
-            raise InputError(f"cannot write {self._path}: {error.strerror}; give another place") from None
+        with ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self._path))
+            try:
+                file = _in_blocks(temporary, self._path) if self._path.suffix == ".gz" else open(temporary, "wb")
+            except OSError as error:
+                raise InputError(f"cannot write {self._path}: {error.strerror}; give another place") from None
+            self._file = stack.enter_context(closing(file))
+            self._open = stack.pop_all()
         return self
 
     def start(self, header: Sequence[str]) -> None:
@@ -275,8 +269,15 @@ class VcfWriter:
         except OSError as error:
             raise InputError(f"cannot write {self._path}: {error.strerror}; make room") from None
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self._file.close()
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        self._temporary.unlink(missing_ok=True)
+    def __exit__(self, *raised: Any) -> None:
+        self._open.__exit__(*raised)
+
+
+def _in_blocks(temporary: Path, path: Path) -> Any:
+    """A BGZF file to write to."""
+    try:
+        from pysam import BGZFile
+    except ImportError:
+        raise InputError(f"{path} needs pysam, which compresses in blocks; pip install pysam, or give .vcf") from None
+    open(temporary, "wb").close()  # so that what the system refuses is told as such
+    return BGZFile(str(temporary), "wb")
