@@ -4,6 +4,7 @@ Files go through soundfile (libsndfile comes inside its wheel). torchaudio suppl
 late: its own load and save need FFmpeg.
 """
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass
@@ -121,14 +122,19 @@ def peak_normalise(samples: np.ndarray, peak: float = 0.95) -> tuple[np.ndarray,
 
 @dataclass(frozen=True, kw_only=True)
 class MuLaw:
-    """Mu-law tokens 0 ... levels - 1 of samples in [-1, 1], then BOS and EOS.
+    """Mu-law tokens 0 ... levels - 1 of samples in [-1, 1], then BOS, EOS and, for prompts of text, the 256 bytes.
 
     torchaudio's formula: the decoded value of every token encodes to that token again, and zero is levels / 2.
+
+    A model of text reads [text, BOS, samples ..., EOS], where text is always `text` tokens: the bytes (UTF-8), NUL
+    before them as far as they do not fill it. NUL alone is no text, "not given".
     """
 
     sample_rate: int = 8000
     levels: int = 256
     peak: float = 0.95
+    text: int = 0
+    "Tokens of text before BOS; 0 means that the model knows none."
 
     @property
     def bos(self) -> int:
@@ -141,9 +147,19 @@ class MuLaw:
         return self.levels + 1
 
     @property
+    def nul(self) -> int:
+        """Id of the byte 0, the first of the 256 bytes of text."""
+        return self.levels + 2
+
+    @property
     def vocab_size(self) -> int:
         """Number of ids."""
-        return self.levels + 2
+        return self.nul + (256 if self.text else 0)
+
+    @property
+    def unsound(self) -> list[int]:
+        """Ids that no sound holds, neither a sample nor its end: BOS and the bytes of text."""
+        return [self.bos, *range(self.nul, self.vocab_size)]
 
     def encode(self, samples: np.ndarray) -> np.ndarray:
         """Tokens (l,) int64 of samples (l,) in [-1, 1]."""
@@ -164,9 +180,20 @@ class MuLaw:
         scaled, gain = peak_normalise(resample(samples, rate, self.sample_rate), self.peak)
         return self.encode(scaled), gain
 
+    def text_tokens(self, text: str | None) -> np.ndarray:
+        """Tokens (self.text,) int64 that stand before BOS; None or "" is "not given". InputError: text too long."""
+        given = (text or "").strip().encode()
+        if given and not self.text:
+            raise InputError(f"the model knows no text, so not {text!r}; give labels, or train one with --clips.text")
+        if len(given) > self.text or 0 in given:
+            raise InputError(
+                f"the text {text!r} has {len(given)} bytes; the model reads at most {self.text}, and no NUL: shorten it"
+            )
+        return self.nul + np.frombuffer(given.rjust(self.text, b"\0"), dtype=np.uint8).astype(np.int64)
+
     def to_dict(self) -> dict[str, Any]:
         """Form kept in ModelConfig.tokenizer."""
-        return {"type": "mu_law", "sample_rate": self.sample_rate, "levels": self.levels, "peak": self.peak}
+        return {"type": "mu_law", **dataclasses.asdict(self)}
 
 
 def mu_law_of(tokenizer: dict[str, Any]) -> MuLaw:

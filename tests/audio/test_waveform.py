@@ -110,6 +110,26 @@ def test_the_tokens_of_a_recording_do_not_depend_on_its_level():
     np.testing.assert_array_equal(MuLaw().tokens(x, 8000)[0], MuLaw().tokens(x * np.float32(0.25), 8000)[0])
 
 
+def test_text_is_its_bytes_right_before_the_sound_and_no_text_is_nul_alone():
+    mu_law = MuLaw(text=12)
+    tokens = mu_law.text_tokens(" gläser ")
+    assert bytes((tokens - mu_law.nul).tolist()) == b"\0" * 5 + "gläser".encode()
+    assert set(mu_law.text_tokens(None)) == set(mu_law.text_tokens("")) == {mu_law.nul}
+    assert len(MuLaw().text_tokens("")) == 0
+    assert mu_law.vocab_size == max(mu_law.unsound) + 1 == 256 + 2 + 256
+    assert MuLaw().vocab_size == 258
+    assert not {mu_law.eos, *range(mu_law.levels)} & set(mu_law.unsound)
+
+
+@pytest.mark.parametrize(
+    ("size", "text", "reason"),
+    [(4, "seven", "has 5 bytes; the model reads at most 4"), (8, "a\0b", "no NUL"), (0, "x", "knows no text")],
+)
+def test_text_that_a_model_cannot_read_is_refused(size, text, reason):
+    with pytest.raises(InputError, match=reason):
+        MuLaw(text=size).text_tokens(text)
+
+
 def test_the_tokenizer_survives_its_dictionary():
     mu_law = MuLaw(sample_rate=16000, peak=0.9)
     assert mu_law_of(mu_law.to_dict()) == mu_law
