@@ -23,6 +23,7 @@ from seqmodels.mixers import (
     Mamba,
     Mamba2,
     OwnState,
+    SSMState,
     build_mixer,
     hold_over_padding,
     is_causal,
@@ -101,6 +102,43 @@ class Layer(nn.Module):
         return x, residual
 
 
+class OwnStack:
+    """The states of equal Mamba-2 layers on a CPU, which a step overwrites: of a decoder, which holds the only ones."""
+
+    def __init__(self, stack: "Layers", states: Sequence[SSMState]) -> None:
+        from seqmodels.kernels.mamba2_step import Mamba2Stack
+
+        layers = [[layer.norm.weight, *layer.mixer.step_weights()] for layer in stack.layers]
+        config = stack.layers[0].mixer.config
+        self._compiled = Mamba2Stack(
+            layers, stack.norm_f.weight, [state.conv for state in states], [state.ssm for state in states],
+            groups=config.n_groups, norm_before_gate=config.norm_before_gate, layer_epsilon=stack.norm_f.epsilon,
+            epsilon=config.norm_epsilon, dt_limit=config.dt_limit,
+        )  # fmt: skip
+
+    @staticmethod
+    def takes(stack: "Layers", states: Any) -> bool:
+        """Whether these layers, their weights as they are now, can run as one compiled function after these states."""
+        layers: list[Any] = list(stack.layers)
+        return (
+            len(layers) > 0
+            and all(isinstance(state, SSMState) for state in states)
+            and all(isinstance(layer.mixer, Mamba2) and layer.mlp is None for layer in layers)
+            and all(layer.mixer.config == layers[0].mixer.config for layer in layers)
+            and all(layer.mixer.compiled_step_takes(layer.norm.weight[None], states[0]) for layer in layers)
+            and not stack.training
+        )
+
+    def step(self, x: Tensor) -> Tensor:
+        """x (b, 1, d) -> (b, 1, d)."""
+        return self._compiled.step(x[:, 0])[:, None]
+
+    def copy(self) -> tuple[SSMState, ...]:
+        """The layers' states, each on its own."""
+        both = zip(self._compiled.conv_states, self._compiled.states, strict=True)
+        return tuple(SSMState(torch.from_numpy(conv.copy()), torch.from_numpy(ssm.copy())) for conv, ssm in both)
+
+
 class Layers(nn.Module):
     """Layers of one width and a final norm."""
 
@@ -118,9 +156,11 @@ class Layers(nn.Module):
         rescale_residual_projections(self)
 
     def read(
-        self, x: Tensor, state: tuple | None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
-    ) -> tuple[Tensor, tuple]:
-        """(b, l, d) -> (b, l, d) and one state per layer."""
+        self, x: Tensor, state: Any = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """(b, l, d) -> (b, l, d) and one state per layer (or an OwnStack, which a step overwrites)."""
+        if isinstance(state, OwnStack):
+            return state.step(x), state
         residual, states = None, []
         for i, layer in enumerate(self.layers):
             x, residual, layer_state = layer(x, residual, None if state is None else state[i], lengths, seq_idx)

@@ -1,4 +1,5 @@
-"""Decoding: a model's steps one after the other; on an NVIDIA GPU each is the replay of a CUDA graph."""
+"""Decoding: a model's steps one after the other; on an NVIDIA GPU each is the replay of a CUDA graph, on a CPU whole
+stacks of layers are compiled."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqmodels.backbone import Layer
+from seqmodels.backbone import Backbone, Layer, OwnStack
 from seqmodels.config import MultiscaleConfig
 from seqmodels.mixers import Mamba, Mamba2, OwnState, SSMState
 
@@ -18,7 +19,8 @@ class Decoder:
     On a GPU, where all mixers are Mamba's or Mamba-2's, the states are updated in place and a step is recorded as a
     CUDA graph when it comes up for the second time; from then on it is replayed, with one launch by the CPU instead of
     some hundred. A U-Net's steps differ within a period of its pooling factors' product, so that it has so many graphs.
-    Elsewhere the model is simply called. Weights may change in place, but not be replaced.
+    On a CPU, up to eight rows at a time go through a stack of equal Mamba-2 layers in one compiled function. Elsewhere
+    the model is simply called. Weights must not change meanwhile.
 
     `then` is what follows the logits (b, vocabulary), for example the choice of the next token: it becomes part of the
     graph, so all that it reads and writes from step to step must be tensors that stay where they are.
@@ -36,7 +38,7 @@ class Decoder:
         self._period = math.prod(stage.pool for stage in backbone.stages) if multiscale else 1
         self._step, self._recorded = 0, []
         with torch.inference_mode():
-            self._state = _map(state, _own_copy) if self._records else state
+            self._state = _map(state, _own_copy) if self._records else self._stacked(state)
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ class Decoder:
         step, self._step = self._step, self._step + 1
         if not self._records or step < self._period:  # the first time round also compiles what a graph cannot
             result, state = self._call(ids)
-            self._state = _map(state, _own) if self._records else state
+            self._state = _map(state, _own) if self._records else self._stacked(state) if step < self._period else state
             return result
         if step < 2 * self._period:
             self._recorded.append(self._record(ids, last=step == 2 * self._period - 1))
@@ -56,7 +58,28 @@ class Decoder:
     @property
     def state(self) -> Any:
         """The state after the last step, to hand to the model or to another decoder."""
-        return _map(self._state, _plain_copy) if self._records else self._state
+        return _map(self._state, _plain_copy)
+
+    def _stacked(self, state: Any) -> Any:
+        """The state with the states of stacks that can be compiled in one piece each."""
+        if self.model.device.type != "cpu" or state is None:
+            return state
+
+        def stacked(stack: Any, states: Any) -> Any:
+            return (
+                OwnStack(stack, states)
+                if not isinstance(states, OwnStack) and OwnStack.takes(stack, states)
+                else states
+            )
+
+        backbone = self.model.backbone
+        if isinstance(backbone, Backbone):
+            return state._replace(layers=stacked(backbone, state.layers))
+        stages = [
+            stage._replace(down=stacked(part, stage.down)) for part, stage in zip(backbone.down, state, strict=True)
+        ]
+        ups = [stage._replace(up=stacked(part, stage.up)) for part, stage in zip(backbone.up, stages, strict=False)]
+        return (*ups, stages[-1])
 
     def _call(self, ids: Tensor) -> tuple[Tensor, Any]:
         logits, state = self.model(ids, self._state, conditions=self.conditions)
@@ -78,9 +101,11 @@ class Decoder:
 
 
 def _map(state: Any, function: Any) -> Any:
-    """The state with function(part) for its SSMStates and other tensors."""
+    """The state with function(part) for its SSMStates and other tensors; stacks are taken apart."""
     if isinstance(state, (SSMState, Tensor)):
         return function(state)
+    if isinstance(state, OwnStack):
+        return state.copy()
     if not isinstance(state, tuple):
         return state
     parts = [_map(part, function) for part in state]

@@ -172,7 +172,7 @@ class Mamba2(nn.Module):
         config = self.config
         exchange = None if self.ranks is None else self.ranks.exchange(lengths, seq_idx)
         one_step = exchange is None and _is_step(x, state, lengths, seq_idx)
-        if one_step and state is not None and self._compiled_step_takes(x, state):
+        if one_step and state is not None and self.compiled_step_takes(x, state):
             return self._compiled_step(x, state)
         inner, channels, heads = self.splits
         maps = config.n_groups, config.d_state
@@ -211,10 +211,10 @@ class Mamba2(nn.Module):
             norm_before_gate=config.norm_before_gate,
         )  # fmt: skip
 
-    def _compiled_step_takes(self, x: Tensor, state: SSMState) -> bool:
+    def compiled_step_takes(self, x: Tensor, state: SSMState) -> bool:
         """Whether one step on a CPU can run as one compiled function (more rows are for threaded products)."""
         tensors = (x, self.in_proj.weight, state.conv, state.ssm)
-        small = x.device.type == "cpu" and len(x) <= 8 and self.in_proj.bias is None
+        small = x.device.type == "cpu" and len(state.ssm) <= 8 and self.in_proj.bias is None
         return small and not torch.is_grad_enabled() and all(t.dtype == torch.float32 for t in tensors)
 
     def _compiled_step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
@@ -223,12 +223,17 @@ class Mamba2(nn.Module):
 
         config = self.config
         y, conv_state, ssm = mamba2_step(
-            x[:, 0], self.in_proj.weight, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias, self.A_log, self.D,
-            self.norm.weight if config.gated_norm else None, self.out_proj.weight, state.conv, state.ssm,
-            groups=config.n_groups, norm_groups=config.n_groups, norm_before_gate=config.norm_before_gate,
-            epsilon=config.norm_epsilon, dt_limit=config.dt_limit,
+            x[:, 0], *self.step_weights(), state.conv, state.ssm, groups=config.n_groups, norm_groups=config.n_groups,
+            norm_before_gate=config.norm_before_gate, epsilon=config.norm_epsilon, dt_limit=config.dt_limit,
         )  # fmt: skip
         return y[:, None], SSMState(conv_state, ssm)
+
+    def step_weights(self) -> tuple[Tensor | None, ...]:
+        """As kernels/mamba2_step.py takes them."""
+        return (
+            self.in_proj.weight, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias, self.A_log, self.D,
+            self.norm.weight if self.config.gated_norm else None, self.out_proj.weight,
+        )  # fmt: skip
 
     def step_layer(
         self, x: Tensor, residual: Tensor | None, norm: Any, residual_in_fp32: bool, state: OwnState

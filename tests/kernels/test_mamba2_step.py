@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seqmodels.kernels.causal_conv1d import causal_conv1d_step
-from seqmodels.kernels.mamba2_step import mamba2_step
+from seqmodels.kernels.mamba2_step import Mamba2Stack, mamba2_step
 from seqmodels.kernels.rms_norm import rms_norm
 from seqmodels.kernels.ssd import ssd_step
 
@@ -90,3 +90,34 @@ def test_nan_in_the_input_reaches_the_output():
     y, _, _ = mamba2_step(**given)
     assert y[1].isnan().any()
     assert not y[0].isnan().any()
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2, "norm_before_gate": True, "dt_limit": (0.05, 0.3)}])
+@pytest.mark.parametrize("gated_norm", [True, False])
+def test_a_stack_is_its_layers_in_turn_with_norms_and_additions_between(options, gated_norm):
+    sizes = {"b": 3, "g": options.get("groups", 1)}
+    given = [inputs(**sizes, seed=i) for i in range(3)]
+    norms = torch.randn(4, 12, generator=torch.Generator().manual_seed(9))
+    for weights in given if not gated_norm else ():
+        weights["norm_weight"] = None
+    order = ("in_proj", "conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight", "out_proj")
+    stack = Mamba2Stack(
+        [[norm, *(weights[name] for name in order)] for norm, weights in zip(norms, given, strict=False)], norms[3],
+        [weights["conv_state"] for weights in given], [weights["state"] for weights in given],
+        layer_epsilon=1e-3, epsilon=1e-2,
+        **({"groups": 1, "norm_before_gate": False, "dt_limit": (0, math.inf)} | options),
+    )  # fmt: skip
+    x = given[0]["u"]
+    with torch.no_grad():
+        for _ in range(3):
+            total, y = x.double(), torch.zeros(3, 12, dtype=torch.float64)
+            for norm, weights in zip(norms, given, strict=False):
+                total = total + y
+                exact = {name: t if t is None else t.double() for name, t in weights.items()}
+                exact["u"] = rms_norm(total, norm.double(), epsilon=1e-3)
+                y, weights["conv_state"], weights["state"] = separately(
+                    **exact, epsilon=1e-2, norm_groups=options.get("groups", 1), **options
+                )
+            torch.testing.assert_close(
+                stack.step(x).double(), rms_norm(total + y, norms[3].double(), epsilon=1e-3), rtol=1e-5, atol=1e-5
+            )

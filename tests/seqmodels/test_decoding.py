@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import seqmodels
+from seqmodels.backbone import OwnStack
 from seqmodels.config import (
     AttentionConfig,
     BackboneConfig,
@@ -78,6 +79,15 @@ def test_a_decoder_gives_what_the_parallel_pass_gives(name, b, device):
     decoder = Decoder(model, state)
     for t in range(9, 60):
         torch.testing.assert_close(decoder(ids[:, t : t + 1]), whole[:, t], rtol=1e-4, atol=1e-4)
+
+
+def test_on_a_cpu_the_stacks_of_a_u_net_are_compiled_once_all_have_run():
+    decoder, ids = Decoder(MODELS["u-net"](), None), tokens(2, 12)
+    for t in range(12):
+        decoder(ids[:, t : t + 1])
+    *fine, centre = decoder._state
+    assert all(isinstance(part, OwnStack) for stage in fine for part in (stage.down, stage.up))
+    assert isinstance(centre.down, OwnStack)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
