@@ -1,6 +1,9 @@
 """What all tests share. Without a GPU, the Triton kernels run in Triton's interpreter."""
 
+import functools
+import http.server
 import os
+import threading
 
 import pytest
 import torch
@@ -29,6 +32,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A folder and the address under which a server of this machine hands out its files."""
+    folder = tmp_path_factory.mktemp("served")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    threading.Thread(target=http_server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{http_server.server_port}"
+    http_server.shutdown()
+    http_server.server_close()
 
 
 def pytest_make_parametrize_id(val, argname):

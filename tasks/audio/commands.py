@@ -129,7 +129,7 @@ def evaluate(
     split: str = "test",
     table: Path | None = None,
     test: str | None = None,
-    validation: str = "0.1",
+    validation: str | None = None,
     split_seed: int = 0,
     conditions: str = "",
     labels: bool = True,
@@ -140,12 +140,13 @@ def evaluate(
     """Bits per sample of recordings under a model: overall, and for each value of each condition.
 
     Args:
-        data: A folder or zip of recordings.
+        data: A folder, zip or tar of recordings.
         model: A shipped model's name, a checkpoint folder, or a name on the Hugging Face hub.
         split: Which recordings: train, validation, test or all.
         table: CSV table with a column "file" and labels; by default metadata.csv in the folder or beside the zip.
         test: Test recordings: a rule column=value,value or a fraction; by default split=test if there is such a column.
-        validation: Validation recordings: a rule such as index=5-9, or a fraction of what test leaves.
+        validation: Validation recordings: a rule such as index=5-9, or a fraction of what test leaves; by default
+            split=validation if the table has such rows, else 0.1.
         split_seed: Seed of the fractions above.
         conditions: Columns of the model's conditions, as name=column,...; by default found by their values.
         labels: Whether the model is told the labels.
@@ -159,7 +160,7 @@ def evaluate(
     from seqmodels.checkpoint import choose_device
     from seqmodels.tasks.audio.datasets import tokenise
     from seqmodels.tasks.audio.evaluate import as_table, report, score
-    from seqmodels.tasks.audio.tables import match_conditions, open_recordings, split_rows, test_rule
+    from seqmodels.tasks.audio.tables import match_conditions, open_recordings, split_rows, split_rules
     from seqmodels.tasks.audio.waveform import mu_law_of
 
     if output is not None and not output.parent.is_dir():
@@ -170,8 +171,8 @@ def evaluate(
     if split == "all":
         chosen = np.arange(recordings.rows.height)
     else:
-        rule = test_rule(recordings.rows, test)
-        parts = split_rows(recordings.rows, test=rule, validation=validation, seed=split_seed)
+        rules = split_rules(recordings.rows, test, validation)
+        parts = split_rows(recordings.rows, **rules, seed=split_seed)
         if split not in parts:
             raise InputError(f"--split is {split!r}; expected train, validation, test or all")
         chosen = parts[split]

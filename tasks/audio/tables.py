@@ -1,7 +1,10 @@
-"""Tables of recordings: files in a folder or zip, their labels, and the split into train, validation and test."""
+"""Tables of recordings: files in a folder, zip or tar, their labels, and the split into train, validation and test."""
 
 import io
+import tarfile
 import zipfile
+import zlib
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +13,15 @@ import polars as pl
 
 from seqmodels.config import ConditionConfig
 from seqmodels.errors import InputError
+from seqmodels.tasks.audio.layouts import known_layout
 from seqmodels.tasks.audio.waveform import is_audio_name, read_audio, resample
+
+_BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error)
 
 
 @dataclass(frozen=True)
 class Recordings:
-    """Recordings of a folder or zip, with one table row each: the column `file` and any labels, all text."""
+    """Recordings of a folder, zip or tar, with one table row each: the column `file` and any labels, all text."""
 
     source: Path
     rows: pl.DataFrame
@@ -26,38 +32,45 @@ class Recordings:
 
     def read(self, sample_rate: int) -> list[np.ndarray]:
         """The waveform (l,) float32 of every row, mono, at `sample_rate` Hz."""
-        names = self.rows["file"].to_list()
+        waves = {name: resample(wave, rate, sample_rate) for name, wave, rate in self.as_recorded()}
+        return [waves[name] for name in self.rows["file"]]
+
+    def as_recorded(self) -> Iterator[tuple[str, np.ndarray, int]]:
+        """Each file's name, waveform (l,) float32, mono, and rate in Hz; in the order in which they are stored."""
+        wanted = set(self.rows["file"])
         if self.source.is_dir():
-            return [resample(*read_audio(self.source / name), sample_rate) for name in names]
-        with zipfile.ZipFile(self.source) as archive:
-            members = set(archive.namelist())
-            waves = []
-            for name in names:
-                if name not in members:
-                    raise InputError(
-                        f"{self.source}: holds no {name!r}, which the table names; correct its column file"
-                    )
-                data = io.BytesIO(archive.read(name))
-                waves.append(resample(*read_audio(data, name=f"{self.source}:{name}"), sample_rate))
-            return waves
+            for name in self.rows["file"].unique(maintain_order=True):
+                yield name, *read_audio(self.source / name)
+            return
+        missing = set(wanted)
+        for name, content in _members(self.source, wanted):
+            missing.discard(name)
+            yield name, *read_audio(io.BytesIO(content), name=f"{self.source}:{name}")
+        if missing:
+            name = min(missing)
+            raise InputError(f"{self.source}: holds no {name!r}, which the table names; correct its column file")
 
 
 def open_recordings(data: Path, table: Path | None = None) -> Recordings:
-    """The recordings under `data`: a folder, a zip, or a folder that holds one zip.
+    """The recordings under `data`: a folder, a zip, a tar (also .tar.gz), or a folder that holds one zip or tar.
 
     `table` is a CSV file whose column `file` names recordings inside `data`; None means metadata.csv in the folder or
-    beside the zip if there is one, else every sound file and no labels.
+    beside the archive if there is one, else what the official file names of a public set say (layouts.py), else every
+    sound file and no labels.
     """
     if not data.exists():
-        raise InputError(f"{data}: no such file or folder; give a folder or zip of recordings")
+        raise InputError(f"{data}: no such file or folder; give a folder, zip or tar of recordings")
     folder = data if data.is_dir() else data.parent
     if table is None and (folder / "metadata.csv").is_file():
         table = folder / "metadata.csv"
     source, names = _list_source(data)
     if table is None:
-        if not names:
+        rows = known_layout(source, names, lambda name: _content(source, name))
+        if rows is None:
+            rows = pl.DataFrame({"file": sorted(filter(is_audio_name, names))})
+        if rows.height == 0:
             raise InputError(f"{data}: holds no recordings; expected .wav, .flac, .ogg or .mp3 files")
-        return Recordings(source, pl.DataFrame({"file": names}))
+        return Recordings(source, rows)
     try:
         rows = pl.read_csv(table, infer_schema=False)
     except (OSError, pl.exceptions.PolarsError) as error:
@@ -70,16 +83,40 @@ def open_recordings(data: Path, table: Path | None = None) -> Recordings:
 
 
 def _list_source(data: Path) -> tuple[Path, list[str]]:
+    """The folder or archive, and the names of its files."""
     if data.is_dir():
-        names = sorted(str(path.relative_to(data)) for path in data.rglob("*") if is_audio_name(path))
-        archives = sorted(data.glob("*.zip"))
-        if names or len(archives) != 1:
+        names = [str(path.relative_to(data)) for path in data.rglob("*") if not path.is_dir()]
+        archives = [path for path in data.iterdir() if path.name.endswith((".zip", ".tar", ".tar.gz", ".tgz"))]
+        if any(map(is_audio_name, names)) or len(archives) != 1:
             return data, names
         data = archives[0]
-    if not zipfile.is_zipfile(data):
-        raise InputError(f"{data}: is neither a folder nor a zip of recordings")
-    with zipfile.ZipFile(data) as archive:
-        return data, sorted(name for name in archive.namelist() if is_audio_name(name))
+    try:
+        if zipfile.is_zipfile(data):
+            with zipfile.ZipFile(data) as archive:
+                return data, archive.namelist()
+        if tarfile.is_tarfile(data):
+            with tarfile.open(data) as archive:
+                return data, [member.name for member in archive if member.isfile()]
+    except _BROKEN as error:
+        raise InputError(f"{data}: is not a whole archive ({error}); get a whole copy") from None
+    raise InputError(f"{data}: is neither a folder nor a zip or tar of recordings")
+
+
+def _members(archive: Path, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the wanted files of a zip or tar, in its order."""
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                yield from ((name, opened.read(name)) for name in opened.namelist() if name in wanted)
+        else:
+            with tarfile.open(archive) as opened:  # read through once: a compressed one cannot be sought in
+                yield from ((m.name, opened.extractfile(m).read()) for m in opened if m.isfile() and m.name in wanted)
+    except _BROKEN as error:
+        raise InputError(f"{archive}: is not a whole archive ({error}); get a whole copy") from None
+
+
+def _content(source: Path, name: str) -> bytes:
+    return (source / name).read_bytes() if source.is_dir() else next(_members(source, {name}))[1]
 
 
 def parse_conditions(rows: pl.DataFrame, text: str) -> tuple[tuple[ConditionConfig, ...], np.ndarray]:
@@ -148,9 +185,14 @@ def split_rows(rows: pl.DataFrame, *, test: str, validation: str, seed: int = 0)
     return {"train": remaining, **chosen}
 
 
-def test_rule(rows: pl.DataFrame, rule: str | None) -> str:
-    """The given rule for test rows; None means "split=test" if there is a column split, else no rows."""
-    return rule if rule is not None else "split=test" if "split" in rows.columns else ""
+def split_rules(rows: pl.DataFrame, test: str | None, validation: str | None) -> dict[str, str]:
+    """The rules for `split_rows`; instead of None what a column split says, else no test rows, a tenth validation."""
+    marked = set(rows["split"]) if "split" in rows.columns else set()
+    if test is None:
+        test = "split=test" if marked else ""
+    if validation is None:
+        validation = "split=validation" if "validation" in marked else "0.1"
+    return {"test": test, "validation": validation}
 
 
 def _rule_mask(rows: pl.DataFrame, rule: str, rng: np.random.Generator, name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from seqmodels.errors import InputError
 from seqmodels.heads import build
 from seqmodels.presets import multiscale_mamba2
 from seqmodels.tasks.audio.datasets import ClipData, tokenise
-from seqmodels.tasks.audio.tables import open_recordings, parse_conditions, split_rows, test_rule
+from seqmodels.tasks.audio.tables import open_recordings, parse_conditions, split_rows, split_rules
 from seqmodels.tasks.audio.waveform import MuLaw
 from seqmodels.training import TrainingConfig, first_process, fit
 
@@ -28,8 +28,9 @@ class DataConfig:
     "Labels that the model is told: columns of the table, as column,... or name=column,..."
     test: str | None = None
     "Recordings left out: a rule column=value,value or a fraction; by default split=test if there is such a column."
-    validation: str = "0.1"
-    "Validation recordings: a rule such as index=5-9, or a fraction of what test leaves."
+    validation: str | None = None
+    """Validation recordings: a rule such as index=5-9, or a fraction of what test leaves; by default split=validation
+    if the table has such rows, else 0.1."""
     sample_rate: int = 8000
     "Hz; recordings at another rate are resampled."
     batch_tokens: int = 131072
@@ -99,10 +100,10 @@ def load_data(folder: Path, config: DataConfig) -> tuple[ClipData, tuple[Conditi
     """Training data, the conditions found in its table, and its tokens, from a folder or zip of recordings."""
     recordings = open_recordings(folder, config.table)
     conditions, ids = parse_conditions(recordings.rows, config.conditions)
-    rule = test_rule(recordings.rows, config.test)
-    parts = split_rows(recordings.rows, test=rule, validation=config.validation, seed=config.seed)
+    rules = split_rules(recordings.rows, config.test, config.validation)
+    parts = split_rows(recordings.rows, **rules, seed=config.seed)
     if len(parts["validation"]) == 0:
-        raise InputError(f"validation {config.validation!r} leaves no recordings to validate on; take a larger part")
+        raise InputError(f"validation {rules['validation']!r} leaves no recordings to validate on; take a larger part")
     mu_law = MuLaw(sample_rate=config.sample_rate)
     train = recordings.select(parts["train"]).read(config.sample_rate)
     validation = recordings.select(parts["validation"]).read(config.sample_rate)

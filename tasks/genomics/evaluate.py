@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from seqmodels.display import aligned
 from seqmodels.errors import InputError
 from seqmodels.files import write_json
 from seqmodels.tasks.genomics.datasets import Stretch, parse_lengths, spaced_windows
 from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits, probabilities, scores_of
 from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, read_labels, read_table
 from seqmodels.tasks.genomics.metrics import evaluate_any
-from seqmodels.tasks.genomics.table import aligned, check_writable
+from seqmodels.tasks.genomics.table import check_writable
 from seqmodels.tasks.genomics.tokens import Tokens
 
 _TABLES = (".tsv", ".tsv.gz", ".txt", ".csv", ".csv.gz", ".jsonl", ".parquet")

@@ -1,23 +1,19 @@
 """`longseq dna data`: public data sets by name, downloaded with checksums, and what a data set of any kind holds."""
 
-import shutil
 import sys
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from seqmodels.checkpoint import read_json
+from seqmodels.display import aligned
+from seqmodels.downloads import Remote, download, on_hub, on_zenodo
 from seqmodels.errors import InputError
-from seqmodels.files import make_folder, write_json
 from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, splits_of
-from seqmodels.tasks.genomics.table import aligned
 from seqmodels.tasks.genomics.tokens import N, reverse_complement
-
-SOURCE = "source.json"  # of a download: where each file came from, and its SHA-256
 
 
 @dataclass(frozen=True)
@@ -182,124 +178,17 @@ def get(name: str, folder: Path, pin: Path | None = None, quiet: bool = False) -
         known = COLLECTIONS[group].tasks if group in COLLECTIONS else COLLECTIONS
         raise InputError(f"{name!r} is no data set here; known are {', '.join(known)} (longseq dna data list)")
     collection, place = COLLECTIONS[group], folder / group
-    pinned = read_json(pin).get("files", {}) if pin is not None else {}
     kind, _, where = collection.home.partition(":")
     wanted = [task] if task else list(collection.tasks)
     if kind not in ("zenodo", "hub"):  # one archive for all
         if task:
             print(f"{group} comes as one archive: all of its tasks are downloaded", file=sys.stderr)
-        wanted = [""]
+        download(lambda: [Remote(collection.home, f"{group}.zip", None)], place, pin, quiet)
+        return place / task
     for one in wanted:
-        target = place / one if one else place
-        if (target / SOURCE).exists():
-            print(f"{target} is there already", file=sys.stderr)
-            continue
-        if kind == "zenodo":
-            files = _on_zenodo(where, f"{one}_v0.zip")
-        elif kind == "hub":
-            files = _on_hub(where, one)
-        else:
-            files = [Remote(collection.home, f"{group}.zip", None)]
-        _download(files, target, pinned, quiet)
-        print(target)
+        find = partial(on_zenodo, where, f"{one}_v0.zip") if kind == "zenodo" else partial(on_hub, where, one)
+        download(find, place / one, pin, quiet)
     return place / task
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A file to download."""
-
-    url: str
-    "Its address."
-    name: str
-    "Its name here."
-    checksum: str | None
-    "What its home publishes: sha256:... or md5:..., or nothing."
-
-
-def _on_zenodo(record: str, name: str) -> list[Remote]:
-    import pooch
-
-    doi = f"doi:10.5281/zenodo.{record}/"
-    registry = pooch.create(path=pooch.os_cache("longseq"), base_url=doi, registry=None)
-    try:
-        registry.load_registry_from_doi()  # with the checksums that Zenodo publishes
-    except Exception as error:  # whatever the network says
-        raise InputError(f"cannot reach {doi}: {_first_line(error)}; try again, or download by hand") from None
-    if name not in registry.registry:
-        raise InputError(f"{doi} has no file {name}; it may have moved, see longseq dna data list")
-    return [Remote(f"{doi}{name}", name, registry.registry[name])]
-
-
-def _on_hub(repository: str, task: str) -> list[Remote]:
-    from huggingface_hub import HfApi, hf_hub_url
-
-    try:
-        api = HfApi()
-        revision = api.repo_info(repository, repo_type="dataset").sha
-        found = list(api.list_repo_tree(repository, task, repo_type="dataset", revision=revision))
-    except Exception as error:  # whatever the network says
-        raise InputError(f"cannot reach {repository}: {_first_line(error)}; try again, or download by hand") from None
-    files = []
-    for entry in found:
-        if not entry.path.endswith("/"):
-            url = hf_hub_url(repository, entry.path, repo_type="dataset", revision=revision)
-            large = getattr(entry, "lfs", None)  # files of the large file storage have a SHA-256
-            files.append(Remote(url, Path(entry.path).name, f"sha256:{large.sha256}" if large else None))
-    return files
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _download(files: list[Remote], target: Path, pinned: dict[str, Any], quiet: bool) -> None:
-    """Downloads, checks and unpacks to `target`, which appears when it is whole."""
-    import pooch
-
-    temporary = target.with_name(f".{target.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    make_folder(temporary)
-    sources = {}
-    pooch.get_logger().setLevel("WARNING")
-    try:
-        for file in files:
-            bar = not quiet and sys.stderr.isatty()
-            try:
-                path = Path(pooch.retrieve(file.url, file.checksum, file.name, temporary, progressbar=bar))
-            except ValueError as error:  # a checksum that differs
-                raise InputError(f"{file.url}: {_first_line(error)}; download it again") from None
-            except Exception as error:  # whatever the network says
-                raise InputError(f"cannot download {file.url}: {_first_line(error)}; try again") from None
-            digest = pooch.file_hash(str(path))
-            if pinned and pinned.get(file.name, {}).get("sha256") != digest:
-                expected = pinned.get(file.name, {}).get("sha256", "nothing of that name")
-                raise InputError(f"{file.name} has SHA-256 {digest}, but the pin says {expected}")
-            sources[file.name] = {"url": file.url, "sha256": digest, "published": file.checksum}
-            if path.suffix == ".zip":
-                _unpack(path, temporary)
-        write_json(temporary / SOURCE, {"files": sources})
-        if target.exists():
-            raise InputError(f"{target} is there, but was not downloaded by this command; give another folder")
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    """The files of an archive in `folder`, without the one folder that may hold all of them; the archive goes."""
-    inside = folder / ".inside"
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            opened.extractall(inside)  # which keeps names with .. inside
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{archive.name} is not a whole zip archive ({error}); download it again") from None
-    entries = [path for path in inside.iterdir() if path.name not in ("__MACOSX", ".DS_Store")]
-    root = entries[0] if len(entries) == 1 and entries[0].is_dir() else inside
-    for path in list(root.iterdir()):
-        path.rename(folder / path.name)
-    shutil.rmtree(inside)
-    archive.unlink()
 
 
 def _described(path: Path) -> str:

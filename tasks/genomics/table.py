@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from seqmodels.display import aligned, as_text
 from seqmodels.errors import InputError
 
 Format = Literal["tsv", "csv", "jsonl", "parquet"]
@@ -151,7 +152,7 @@ class TableWriter:
             old = next(self._old, None)
             if old is None:
                 return rows[i:]
-            form = _rounded if self._format == "jsonl" else lambda value: str(_text(value))
+            form = _rounded if self._format == "jsonl" else lambda value: str(as_text(value))
             known = {name: form(row[name]) for name in self._resume}
             if list(old) != list(self._columns) or any(old[name] != value for name, value in known.items()):
                 raise InputError(
@@ -173,7 +174,7 @@ class TableWriter:
         self._grown |= bool(rows)
         try:
             if self._format in ("tsv", "csv"):
-                self._csv.writerows([_text(row.get(name)) for name in self._columns] for row in rows)
+                self._csv.writerows([as_text(row.get(name)) for name in self._columns] for row in rows)
                 self._file.flush()
             elif self._format == "jsonl":
                 for row in rows:
@@ -229,23 +230,3 @@ def _said(row: Row, names: Sequence[str]) -> str:
 
 def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def _text(value: Any) -> Any:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def aligned(rows: list[Row], columns: list[str]) -> str:
-    """Rows as a table for people: columns side by side, numbers to the right."""
-    if not rows:
-        return ""
-    cells = [[str(_text(row.get(name))) for name in columns] for row in rows]
-    lines = []
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    numeric = [all(isinstance(row.get(name), (int, float, type(None))) for row in rows) for name in columns]
-    for line in [columns, *cells]:
-        padded = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True)]
-        lines.append("  ".join(padded).rstrip() + "\n")
-    return "".join(lines)

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqmodels.checkpoint import read_json
+from seqmodels.display import aligned
 from seqmodels.errors import InputError
 from seqmodels.files import write_json
 from seqmodels.tasks.genomics.labelled import LabelledRecords
-from seqmodels.tasks.genomics.table import aligned
 from seqmodels.tasks.genomics.tokens import reverse_complement
 from seqmodels.training import TrainingConfig, first_process
 

@@ -1,13 +1,10 @@
 """Public data sets: their official file formats, and downloads from a server on this machine."""
 
-import functools
 import gzip
 import hashlib
-import http.server
 import io
 import json
 import os
-import threading
 import zipfile
 from pathlib import Path
 
@@ -16,10 +13,11 @@ import polars
 import pytest
 
 from seqmodels.cli import main
+from seqmodels.downloads import Remote
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics import public
 from seqmodels.tasks.genomics.labelled import load_labelled, splits_of
-from seqmodels.tasks.genomics.public import COLLECTIONS, Collection, Remote, get
+from seqmodels.tasks.genomics.public import COLLECTIONS, Collection, get
 from seqmodels.tasks.genomics.tokens import decode
 
 ROWS = {"train": [("ACGTA", "1"), ("GGGTC", "0"), ("TTTAN", "1")], "dev": [("CCC", "0")], "test": [("ACGTT", "1")]}
@@ -193,22 +191,6 @@ def test_list_shows_every_task(capsys):
     assert "known are genomic-benchmarks, nt, nt-revised, gue" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A folder and the address under which a server of this machine hands out its files."""
-    folder = tmp_path_factory.mktemp("served")
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-    threading.Thread(target=http_server.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{http_server.server_port}"
-    http_server.shutdown()
-    http_server.server_close()
-
-
 def zipped(root):
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
@@ -247,7 +229,7 @@ def test_a_published_checksum_that_differs_refuses_the_file(server, tmp_path, mo
     good = hashlib.sha256((folder / "train.csv").read_bytes()).hexdigest()
     for checksum, fine in ((f"sha256:{good}", True), ("md5:" + "0" * 32, False)):
         files = [Remote(f"{address}/train.csv", "train.csv", checksum)]
-        monkeypatch.setattr(public, "_on_hub", lambda *_, files=files: files)
+        monkeypatch.setattr(public, "on_hub", lambda *_, files=files: files)
         if fine:
             assert splits_of(get("nt/H3", tmp_path / "fine")) == ("train",)
         else:

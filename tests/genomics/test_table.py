@@ -8,8 +8,9 @@ import os
 import polars
 import pytest
 
+from seqmodels.display import aligned
 from seqmodels.errors import InputError
-from seqmodels.tasks.genomics.table import TableWriter, aligned, format_of
+from seqmodels.tasks.genomics.table import TableWriter, format_of
 
 COLUMNS = {"name": str, "count": int, "part": float}
 ROWS = [
