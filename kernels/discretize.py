@@ -4,6 +4,7 @@
 
 Exact zero-order hold (S4: Gu, Goel and Re, 2021; Mamba, 2023, equation 4):
     dA = exp(dt A),  dB = A^-1 (exp(dt A) - 1) B
+Bilinear rule (Tustin; S4D offers it too): dA = (1 + dt A / 2) / (1 - dt A / 2),  dB = dt / (1 - dt A / 2) B
 Mamba's form (what the Mamba and Mamba-2 programs compute, though Mamba's text gives the exact form): the same dA, and
 Euler's dB = dt B, which differs from the exact one by a factor 1 + O(dt A) that training absorbs.
 """
@@ -19,6 +20,12 @@ def zero_order_hold(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     """Exact hold of a diagonal or scalar system: dA = exp(dt A) and dB; A, B and dt broadcast. Correct at A = 0."""
     decay = dt * A
     return decay.exp(), dt * _expm1_ratio(decay) * B
+
+
+def bilinear(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """The bilinear rule for a diagonal or scalar system: dA and dB; A, B and dt broadcast."""
+    half = dt * A / 2
+    return (1 + half) / (1 - half), dt / (1 - half) * B
 
 
 def zero_order_hold_matrix(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:

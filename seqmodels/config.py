@@ -79,6 +79,24 @@ class Mamba2Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class S4DConfig:
+    """S4D mixer: a diagonal state space that is the same at every step, then GELU and a gated projection (Gu et al.,
+    "On the Parameterization and Initialization of Diagonal State Space Models", 2022)."""
+
+    d_state: int = 64
+    "State size n per channel; complex numbers count as two, as each stands for a conjugate pair."
+    initialisation: Literal["lin", "inv", "real"] = "lin"
+    """A at initialisation: S4D-Lin, -1/2 + pi i k; S4D-Inv, -1/2 + i n/pi (n / (2 k + 1) - 1); or real, -(k + 1), which
+    stays real. k = 0, 1, ..."""
+    discretisation: Literal["zoh", "bilinear"] = "zoh"
+    "From A and the step size to the recurrence: zero-order hold or the bilinear rule."
+    dt_min: float = 0.001
+    "Smallest step size at initialisation."
+    dt_max: float = 0.1
+    "Largest step size at initialisation."
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Softmax attention with rotary positions (Su et al., 2021): full, or over a sliding window."""
 
@@ -118,13 +136,13 @@ class ConvConfig:
 class BidirectionalConfig:
     """The same kind of mixer run forwards and on the reversed sequence, the two results added."""
 
-    mixer: "MambaConfig | Mamba2Config | RNNConfig"
+    mixer: "MambaConfig | Mamba2Config | S4DConfig | RNNConfig"
     "The mixer of both directions."
     tie_projections: bool = False
     "Whether both directions share the input and output projections (Caduceus; Mamba and Mamba-2 only)."
 
 
-MixerConfig = MambaConfig | Mamba2Config | AttentionConfig | RNNConfig | ConvConfig | BidirectionalConfig
+MixerConfig = MambaConfig | Mamba2Config | S4DConfig | AttentionConfig | RNNConfig | ConvConfig | BidirectionalConfig
 
 
 @dataclass(frozen=True, kw_only=True)

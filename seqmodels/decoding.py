@@ -10,13 +10,13 @@ from torch import Tensor
 
 from seqmodels.backbone import Backbone, Layer, OwnStack
 from seqmodels.config import MultiscaleConfig
-from seqmodels.mixers import Mamba, Mamba2, OwnState, SSMState
+from seqmodels.mixers import S4D, Mamba, Mamba2, OwnState, SSMState
 
 
 class Decoder:
     """Goes on from a model's state (after its prompt) step by step: decoder(ids) is model(ids, state), state kept.
 
-    On a GPU, where all mixers are Mamba's or Mamba-2's, the states are updated in place and a step is recorded as a
+    On a GPU, where all mixers are Mamba's, Mamba-2's or S4D's, the states keep their place and a step is recorded as a
     CUDA graph when it comes up for the second time; from then on it is replayed, with one launch by the CPU instead of
     some hundred. A U-Net's steps differ within a period of its pooling factors' product, so that it has so many graphs.
     On a CPU, up to eight rows at a time go through a stack of equal Mamba-2 layers in one compiled function. Elsewhere
@@ -31,7 +31,7 @@ class Decoder:
     ) -> None:
         self.model, self.conditions, self.then = model, conditions, then
         layers = [module for module in model.modules() if isinstance(module, Layer)]
-        fixed = all(isinstance(layer.mixer, (Mamba, Mamba2)) for layer in layers)
+        fixed = all(isinstance(layer.mixer, (Mamba, Mamba2, S4D)) for layer in layers)
         self._records = model.device.type == "cuda" and fixed and not model.training
         backbone = model.config.backbone
         multiscale = isinstance(backbone, MultiscaleConfig)

@@ -23,13 +23,16 @@ from seqmodels.config import (
     MambaConfig,
     MixerConfig,
     RNNConfig,
+    S4DConfig,
 )
 from seqmodels.errors import InputError
 from seqmodels.kernels.across import Exchange, windows
 from seqmodels.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from seqmodels.kernels.discretize import bilinear, zero_order_hold
 from seqmodels.kernels.layer_step import mamba2_layer_step, mamba_layer_step
 from seqmodels.kernels.packing import starts_of_sequences
 from seqmodels.kernels.rms_norm import rms_norm
+from seqmodels.kernels.s4d import s4d, s4d_step
 from seqmodels.kernels.selective_scan import selective_scan, selective_scan_step
 from seqmodels.kernels.split import split
 from seqmodels.kernels.ssd import ssd, ssd_step
@@ -43,6 +46,7 @@ def build_mixer(config: MixerConfig, d_model: int) -> nn.Module:
     classes: dict[type, Any] = {
         MambaConfig: Mamba,
         Mamba2Config: Mamba2,
+        S4DConfig: S4D,
         AttentionConfig: Attention,
         RNNConfig: Recurrent,
         ConvConfig: Convolution,
@@ -246,6 +250,49 @@ class Mamba2(nn.Module):
             self.out_proj.weight, self.out_proj.bias, state.conv, state.ssm, config.n_groups, config.norm_before_gate,
             norm.epsilon, config.norm_epsilon, *config.dt_limit, residual_in_fp32, residual is not None,
         )  # fmt: skip
+
+
+class S4D(nn.Module):
+    """S4D: a diagonal state space per channel -> GELU -> out_proj with a gate (GLU). Its state is (b, d, n)."""
+
+    def __init__(self, config: S4DConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        real = config.initialisation == "real"
+        if not real and config.d_state % 2:
+            raise InputError(f"d_state = {config.d_state} is odd; a complex S4D needs an even one, or 'real'")
+        n = config.d_state if real else config.d_state // 2
+        k = torch.arange(n, dtype=torch.float32)
+        frequencies = {"lin": math.pi * k, "inv": 2 * n / math.pi * (2 * n / (2 * k + 1) - 1)}  # of n pairs
+        A = k + 1 if real else torch.full((n,), 0.5)
+        self.A_log = nn.Parameter(A.log().repeat(d_model, 1))
+        self.A_imag = None if real else nn.Parameter(frequencies[config.initialisation].repeat(d_model, 1))
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        self.dt_log = nn.Parameter(torch.empty(d_model).uniform_(low, high))
+        # B is 1: the system knows C B alone. Re and Im together have the variance 1
+        self.C = nn.Parameter(torch.randn(d_model, n) if real else torch.randn(d_model, n, 2) / math.sqrt(2))
+        self.D = nn.Parameter(torch.randn(d_model))
+        self.out_proj = nn.Linear(d_model, 2 * d_model)
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(b, l, d) -> (b, l, d) and the state after the last real step."""
+        dA, dB, C = self._recurrence()
+        if _is_step(x, state, lengths, seq_idx) and state is not None:
+            y, state = s4d_step(x[:, 0], dA, dB, C, self.D, state=state)
+            y = y[:, None]
+        else:
+            y, state = s4d(x, dA, dB, C, self.D, initial_state=state, lengths=lengths, seq_idx=seq_idx)
+        return F.glu(self.out_proj(F.gelu(y)), -1), state
+
+    def _recurrence(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dA, dB, C (d, n), complex or real."""
+        A, C = -_wide(self.A_log).exp(), _wide(self.C)
+        if self.A_imag is not None:
+            A, C = torch.complex(A, _wide(self.A_imag)), torch.view_as_complex(C)
+        rule = zero_order_hold if self.config.discretisation == "zoh" else bilinear
+        return *rule(A, torch.ones_like(A), _wide(self.dt_log).exp()[:, None]), C
 
 
 class Bidirectional(nn.Module):

@@ -297,12 +297,12 @@ def _settings(training: TrainingConfig) -> dict[str, Any]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: no decay on A_log, D, dt biases, norms and biases, as in the papers' recipes."""
+    """AdamW's groups: no decay on A, D, dt, norms and biases, as in the papers' recipes."""
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:  # frozen
             continue
-        bare = name.endswith("A_log") or parameter.dim() < 2
+        bare = name.endswith(("A_log", "A_imag")) or parameter.dim() < 2
         (plain if bare else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 

@@ -8,7 +8,13 @@ import torch
 from scipy.linalg import expm
 from scipy.signal import cont2discrete
 
-from seqmodels.kernels.discretize import mamba_discretization, step_size, zero_order_hold, zero_order_hold_matrix
+from seqmodels.kernels.discretize import (
+    bilinear,
+    mamba_discretization,
+    step_size,
+    zero_order_hold,
+    zero_order_hold_matrix,
+)
 
 
 def oracle(A, B, dt, method):
@@ -38,12 +44,13 @@ def test_a_singular_matrix_is_held_exactly():
     torch.testing.assert_close(dB, torch.tensor([[4.5], [3.0]], dtype=torch.float64))
 
 
+@pytest.mark.parametrize(("rule", "method"), [(zero_order_hold, "zoh"), (bilinear, "bilinear")])
 @pytest.mark.parametrize("A", [-40.0, -1.0, -1e-2, -1e-4, -1e-9, 0.0, 1e-6, 0.5])
 @pytest.mark.parametrize("dt", [1e-6, 0.1, 1.7])
-def test_the_diagonal_hold_is_scipys_at_every_size_of_a(A, dt):
+def test_the_diagonal_rules_are_scipys_at_every_size_of_a(A, dt, rule, method):
     B = 0.7
-    dA, dB = zero_order_hold(*(torch.tensor(v, dtype=torch.float64) for v in (A, B, dt)))
-    want_dA, want_dB = oracle(np.array([[A]]), np.array([[B]]), dt, "zoh")
+    dA, dB = rule(*(torch.tensor(v, dtype=torch.float64) for v in (A, B, dt)))
+    want_dA, want_dB = oracle(np.array([[A]]), np.array([[B]]), dt, method)
     np.testing.assert_allclose((dA, dB), (want_dA.item(), want_dB.item()), rtol=1e-12)
 
 

@@ -13,6 +13,7 @@ from seqmodels.config import (
     Mamba2Config,
     MambaConfig,
     ModelConfig,
+    S4DConfig,
 )
 from seqmodels.decoding import Decoder, _map, _own_copy
 from seqmodels.mixers import OwnState
@@ -42,6 +43,7 @@ def language_model(*mixers, backbone=None, **options):
 MODELS = {name: lambda mixer=mixer: language_model(mixer, mixer) for name, mixer in MIXERS.items()}
 MODELS["mixed"] = lambda: language_model(*MIXERS.values(), mlp_expand=2.0, residual_in_fp32=False)
 MODELS["k-mers"] = lambda: language_model(MIXERS["mamba2"], kmer=KmerConfig(k=3, alphabet=(2, 3, 5, 7), width=6))
+MODELS["s4d"] = lambda: language_model(S4DConfig(d_state=8), S4DConfig(d_state=3, initialisation="real"))
 MODELS["attention"] = lambda: language_model(MIXERS["mamba2"], AttentionConfig(num_heads=2))
 MODELS["u-net"] = lambda: language_model(
     backbone=multiscale_mamba2((16, 24, 32), (1, 1, 2), (4, 3), head_dim=8, d_state=4)
@@ -123,7 +125,7 @@ def test_decoding_starts_from_nothing_too(name):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("b", [1, 3, 64])
-@pytest.mark.parametrize("name", [*MIXERS, "u-net"])
+@pytest.mark.parametrize("name", [*MIXERS, "s4d", "u-net"])
 def test_in_bfloat16_a_decoder_errs_no_more_than_the_parallel_pass(name, b):
     ids = tokens(b, 400, "cuda")
     model, exact = MODELS[name]().to("cuda", torch.bfloat16), MODELS[name]().to("cuda", torch.bfloat16).double()

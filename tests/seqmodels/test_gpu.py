@@ -19,7 +19,15 @@ from torch.distributed.device_mesh import init_device_mesh
 import seqmodels
 from seqmodels import presets
 from seqmodels.batching import pack
-from seqmodels.config import BackboneConfig, BidirectionalConfig, HeadConfig, Mamba2Config, MambaConfig, ModelConfig
+from seqmodels.config import (
+    BackboneConfig,
+    BidirectionalConfig,
+    HeadConfig,
+    Mamba2Config,
+    MambaConfig,
+    ModelConfig,
+    S4DConfig,
+)
 from seqmodels.errors import InputError
 from seqmodels.sequence_parallel import parallelise, reduce_gradients, split
 from seqmodels.training import TrainingConfig, fit
@@ -27,6 +35,7 @@ from seqmodels.training import TrainingConfig, fit
 BACKBONES = {
     "mamba": lambda: presets.mamba(64, 2),
     "mamba2": lambda: presets.mamba2(64, 2, head_dim=32, d_state=16),
+    "s4d": lambda: BackboneConfig(d_model=64, layers=(S4DConfig(), S4DConfig(initialisation="real", d_state=16))),
     "u-net": lambda: presets.multiscale_mamba2((32, 48, 64), (1, 1, 1), (4, 4), head_dim=16, d_state=8),
 }
 
