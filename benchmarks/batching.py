@@ -21,7 +21,7 @@ import torch
 import seqmodels
 from seqmodels.config import BackboneConfig, HeadConfig, ModelConfig
 from seqmodels.presets import mamba, mamba2
-from seqmodels.tasks.genomics.datasets import Batch, RecordData, to_batch
+from seqmodels.tasks.genomics.datasets import Augmentation, Batch, RecordData, to_batch
 from seqmodels.tasks.genomics.labelled import LabelledRecords
 from seqmodels.tasks.genomics.tokens import VOCAB_SIZE, A, T
 
@@ -96,7 +96,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     records, rows = records_of(options.intervals), []
-    common = {"batch_tokens": options.batch_tokens, "validation_fraction": 0.1, "augment": False, "seed": 0}
+    unchanged = Augmentation(reverse_complement=False)
+    common = {"batch_tokens": options.batch_tokens, "validation_fraction": 0.1, "augment": unchanged, "seed": 0}
     for mixer in options.mixers:
         for batching in ("shuffled", "padded", "packed"):
             kind = Shuffled if batching == "shuffled" else RecordData

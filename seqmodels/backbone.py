@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seqmodels.config import BackboneConfig, ConditionConfig, KmerConfig, MixerConfig, StrandsConfig
+from seqmodels.config import BackboneConfig, ConditionConfig, KmerConfig, MixerConfig
 from seqmodels.errors import InputError
 from seqmodels.kernels.across import windows
 from seqmodels.kernels.packing import starts_of_sequences
@@ -193,15 +193,24 @@ class KmerEmbedding(nn.Module):
     """Embeddings of the k-mer that ends at each step: ids (b, l) -> (b, l, d), and the last k - 1 ids as state."""
 
     digits: Tensor
+    complements: Tensor | None
     ranks: Any = None  # sequence_parallel.Ranks, where ranks share each sequence
 
     def __init__(self, config: KmerConfig, vocab_size: int, d_model: int) -> None:
         super().__init__()
-        self.k, self.base = config.k, len(config.alphabet)
+        self.k, self.base, self.buckets = config.k, len(config.alphabet), config.buckets
+        _check_words(config)
         digits = torch.full((vocab_size,), -1)
         digits[list(config.alphabet)] = torch.arange(self.base)
         self.register_buffer("digits", digits, persistent=False)
-        self.table = nn.Embedding(self.base**self.k + 1, config.width)
+        complements = None
+        if config.complement_map is not None:  # of each digit
+            complements = digits[complement_of(config.complement_map, vocab_size)[list(config.alphabet)]]
+            if (complements < 0).any():
+                raise InputError("kmer.alphabet lacks the complement of a token in it; add that, or give no map")
+        self.register_buffer("complements", complements, persistent=False)
+        self.rows = config.buckets or self.base**self.k  # one more follows, for what is no word
+        self.table = nn.Embedding(self.rows + 1, config.width)
         nn.init.normal_(self.table.weight, std=0.02)
         self.proj = nn.Linear(config.width, d_model, bias=False)
 
@@ -219,19 +228,42 @@ class KmerEmbedding(nn.Module):
         digits = torch.where(ids >= 0, self.digits[ids.clamp(min=0)], -1)
         run = None if seq_idx is None else F.pad(starts_of_sequences(seq_idx).cumsum(1), (past, 0))
         word, whole = torch.zeros_like(ids[:, past:]), torch.ones_like(ids[:, past:], dtype=torch.bool)
+        other = torch.zeros_like(word)  # the reverse complement
         for j in range(self.k):
             digit = digits[:, j : j + l]
             word = word * self.base + digit
             whole &= digit >= 0
+            if self.complements is not None:
+                other += self.complements[digit] * self.base**j
             if run is not None:
                 whole &= run[:, j : j + l] == run[:, past:]
-        word = torch.where(whole, word, self.base**self.k)
+        if self.complements is not None:
+            word = torch.minimum(word, other)
+        if self.buckets is not None:
+            word = hashed(word) % self.buckets
+        word = torch.where(whole, word, self.rows)
         end = torch.full((len(ids), 1), l, device=ids.device) if lengths is None else lengths[:, None]
         last = end + torch.arange(past, device=ids.device)
         recent = ids.gather(1, last)
         if run is not None:  # what lies before the last sequence is not part of its words
             recent = torch.where(run.gather(1, last) == run.gather(1, end + past - 1), recent, -1)
         return self.proj(self.table(word)), recent if after is None else after
+
+
+def hashed(words: Tensor) -> Tensor:
+    """Integers spread over 0 ... 2**31 - 1, the same on every machine: Fibonacci hashing (Knuth, vol. 3, 6.4)."""
+    return (words * -7046029254386353131 >> 32) & 0x7FFFFFFF  # 2**64 / the golden ratio, modulo 2**64
+
+
+def _check_words(config: KmerConfig) -> None:
+    """Words must fit into 63 bits, the table's rows into what the hash gives."""
+    if config.buckets is not None and not 1 <= config.buckets < 2**31:
+        raise InputError(f"kmer.buckets is {config.buckets}; expected 1 to {2**31 - 1}")
+    if len(config.alphabet) ** config.k >= 2 ** (31 if config.buckets is None else 63):
+        raise InputError(
+            f"kmer.k is {config.k}: {len(config.alphabet)}**{config.k} words are too many for a "
+            + ("table; give kmer.buckets to hash them, or a smaller k" if config.buckets is None else "hash of 63 bits")
+        )
 
 
 class BackboneState(NamedTuple):
@@ -264,7 +296,8 @@ class Backbone(Layers):
         self.conditions = Conditions(conditions, config.d_model)
         self.strands = config.strands
         if config.strands is not None:
-            self.register_buffer("complement", _complement(config.strands, vocab_size), persistent=False)
+            complement = complement_of(config.strands.complement_map, vocab_size)
+            self.register_buffer("complement", complement, persistent=False)
         self.causal = config.strands is None and all(is_causal(mixer) for mixer in config.layers)
 
     @property
@@ -311,13 +344,12 @@ class Backbone(Layers):
         return x + words, recent
 
 
-def _complement(strands: StrandsConfig, vocab_size: int) -> Tensor:
-    """The complement map (vocabulary,) as a tensor."""
-    given = strands.complement_map
+def complement_of(given: Sequence[int], vocab_size: int) -> Tensor:
+    """A complement map (vocabulary,) as a tensor."""
     if len(given) != vocab_size or any(not 0 <= c < vocab_size or given[c] != i for i, c in enumerate(given)):
         raise InputError(
-            f"strands.complement_map has {len(given)} ids for a vocabulary of {vocab_size}; give for each id that of "
-            "its complement, whose complement it is in turn"
+            f"complement_map has {len(given)} ids for a vocabulary of {vocab_size}; give for each id that of its "
+            "complement, whose complement it is in turn"
         )
     return torch.tensor(given)
 

@@ -154,7 +154,12 @@ class KmerConfig:
     alphabet: tuple[int, ...]
     "Token ids that words are made of; a word with any other token has one shared embedding."
     width: int
-    "Width of the table of len(alphabet)**k words, projected to d_model."
+    "Width of the table of words, projected to d_model."
+    buckets: int | None = None
+    "Rows of the table, to which words are hashed; None means a row for each of the len(alphabet)**k words."
+    complement_map: tuple[int, ...] | None = None
+    """For each token id that of its complement: a word and its reverse complement then share one embedding (canonical
+    k-mers); None means that they do not."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,31 +19,37 @@ def choose_backbone(
     d_model: int | None,
     n_layer: int | None,
     d_state: int | None,
-    kmer: int,
-    kmer_width: int,
     *,
+    kmer: KmerConfig | None,
     strands: Strands | None,
     bidirectional: bool,
     tie_projections: bool,
 ) -> BackboneConfig:
     """The layers of `start_from` unless an option describes new ones; `strands` changes either."""
-    described = bidirectional or tie_projections or kmer or {mixer, d_model, n_layer, d_state} != {None}
+    described = bidirectional or tie_projections or kmer is not None or {mixer, d_model, n_layer, d_state} != {None}
     if start_from is not None and not described:
         backbone = _backbone_of(start_from)
     else:
         layers = 4 if n_layer is None else n_layer
         backbone = _new_backbone(mixer or "mamba2", bidirectional, tie_projections, d_model or 128, layers, d_state)
-        backbone = dataclasses.replace(backbone, kmer=_kmers(kmer, kmer_width))
+        backbone = dataclasses.replace(backbone, kmer=kmer)
     if strands is None:
         return backbone
     both = StrandsConfig(complement_map=COMPLEMENT_MAP, training=strands == "equivariant")
     return dataclasses.replace(backbone, strands=None if strands == "one" else both)
 
 
-def _kmers(k: int, width: int) -> KmerConfig | None:
-    if not 0 <= k <= 12:
-        raise InputError(f"kmer is {k}; expected 0 (none) to 12 (a table of 16.8 million words)")
-    return KmerConfig(k=k, alphabet=tuple(map(VOCABULARY.index, "ACGT")), width=width) if k else None
+def kmer_config(k: int, width: int, buckets: int | None = None, canonical: bool = False) -> KmerConfig | None:
+    """Words of k bases; 0 means none."""
+    longest = 12 if buckets is None else 31
+    if not 0 <= k <= longest:
+        hint = " (a table of 16.8 million words; with --kmer-buckets up to 31)" if buckets is None else ""
+        raise InputError(f"kmer is {k}; expected 0 (none) to {longest}{hint}")
+    if not k and (buckets is not None or canonical):
+        raise InputError("kmer_buckets and kmer_canonical say how words are embedded; give --kmer, or leave them out")
+    bases = tuple(map(VOCABULARY.index, "ACGT"))
+    turned = COMPLEMENT_MAP if canonical else None
+    return KmerConfig(k=k, alphabet=bases, width=width, buckets=buckets, complement_map=turned) if k else None
 
 
 def _backbone_of(start_from: str) -> BackboneConfig:

@@ -13,11 +13,38 @@ from seqmodels.errors import InputError
 from seqmodels.heads import IGNORED
 from seqmodels.tasks.genomics.inference import batches_by_length
 from seqmodels.tasks.genomics.labelled import LabelledRecords
-from seqmodels.tasks.genomics.tokens import PAD, N, Tokens, pad_right, reverse_complement
+from seqmodels.tasks.genomics.tokens import PAD, A, N, T, Tokens, pad_right, reverse_complement
 
 Batch = dict[str, torch.Tensor]
 SHORTEST = 1024  # bases of a window at the start of a warm-up of lengths
 MOST_ROWS = 16  # of a packed batch: long ones waste little at their ends, several can be halved where memory is short
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a training sequence is changed, anew each time it is read."""
+
+    reverse_complement: bool = True
+    "Whether half of the sequences are read on the other strand."
+    mutation_rate: float = 0.0
+    "Part of the bases that another one replaces (random mutation; Lee et al., EvoAug, 2023)."
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mutation_rate < 1:
+            raise InputError(
+                f"mutation_rate is {self.mutation_rate}; expected a part of the bases, at least 0, below 1"
+            )
+
+    def __call__(self, tokens: Tokens, rng: np.random.Generator) -> Tokens:
+        """The tokens (l,) of one sequence, changed as `rng` draws; the given ones stay as they are."""
+        if self.reverse_complement and rng.random() < 0.5:
+            tokens = reverse_complement(tokens)
+        if self.mutation_rate:
+            drawn = rng.random(len(tokens), dtype=np.float32) < self.mutation_rate
+            places = np.flatnonzero(drawn & (tokens >= A) & (tokens <= T))
+            tokens = tokens.copy()
+            tokens[places] = A + (tokens[places] - A + rng.integers(1, 4, len(places), dtype=tokens.dtype)) % 4
+        return tokens
 
 
 def parse_lengths(lengths: str | list[int] | None) -> list[int]:
@@ -52,7 +79,7 @@ def training_data(
     batch_tokens: int,
     validation_fraction: float,
     validation_windows: int,
-    augment: bool,
+    augment: Augmentation,
     seed: int,
     length_warmup: int = 0,
     packed: bool = False,
@@ -112,7 +139,7 @@ class RecordData:
         *,
         batch_tokens: int,
         validation_fraction: float,
-        augment: bool,
+        augment: Augmentation,
         seed: int,
         packed: bool = False,
         validation: LabelledRecords | None = None,
@@ -153,9 +180,7 @@ class RecordData:
         """Batch number `step`: a pure function of the seed and the step."""
         rows, crop, rng = self._choose(step)
         rows = [self.training[row] for row in rows]
-        read = [
-            [_augmented(_crop(self.records.tokens[i], crop, rng), self.augment, rng) for i in row] for row in rows
-        ]  # fmt: skip
+        read = [[self.augment(_crop(self.records.tokens[i], crop, rng), rng) for i in row] for row in rows]
         if self._rows is None:
             return to_batch([sequence for (sequence,) in read], self.records.labels[np.concatenate(rows)])
         ids, lengths, seq_idx = pack(read, fill=PAD)
@@ -211,10 +236,6 @@ def _crop(tokens: Tokens, length: int | None, rng: np.random.Generator) -> Token
     return tokens[start : start + length]
 
 
-def _augmented(tokens: Tokens, augment: bool, rng: np.random.Generator) -> Tokens:
-    return reverse_complement(tokens) if augment and rng.random() < 0.5 else tokens
-
-
 def warmed_up_length(step: int, longest: int, warmup: int) -> int:
     """Length of windows at a batch: SHORTEST at first, doubling in equal intervals up to `longest` at `warmup`."""
     if step >= warmup:
@@ -253,7 +274,7 @@ class WindowData:
         batch_tokens: int,
         validation_fraction: float,
         validation_windows: int,
-        augment: bool,
+        augment: Augmentation,
         seed: int,
         length_warmup: int = 0,
         validation: LabelledRecords | None = None,
@@ -290,7 +311,7 @@ class WindowData:
         """Batch number `step`: a pure function of the seed and the step."""
         length, count, rng = self._choose(step)
         labels = rng.integers(len(self.records.classes), size=count)
-        sequences = [_augmented(self._draw(int(label), length, rng), self.augment, rng) for label in labels]
+        sequences = [self.augment(self._draw(int(label), length, rng), rng) for label in labels]
         return to_batch(sequences, labels)
 
     def tokens(self, step: int) -> int:

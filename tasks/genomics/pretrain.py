@@ -15,7 +15,7 @@ from seqmodels.config import HeadConfig, ModelConfig
 from seqmodels.errors import InputError
 from seqmodels.files import replacing
 from seqmodels.heads import IGNORED
-from seqmodels.tasks.genomics.backbones import Mixer, choose_backbone
+from seqmodels.tasks.genomics.backbones import Mixer, choose_backbone, kmer_config
 from seqmodels.tasks.genomics.datasets import Stretch, warmed_up_length
 from seqmodels.tasks.genomics.genome import Genome, read_genome
 from seqmodels.tasks.genomics.intervals import read_intervals
@@ -135,7 +135,7 @@ def pretrain(
         raise InputError("strands equivariant reads both directions; give --objective masked-token with it")
     described = tie_projections or kmer or {mixer, d_model, n_layer, d_state} != {None}
     backbone = choose_backbone(
-        start_from, mixer, d_model, n_layer, d_state, kmer, kmer_width, strands=strands,
+        start_from, mixer, d_model, n_layer, d_state, kmer=kmer_config(kmer, kmer_width), strands=strands,
         bidirectional=masked and (start_from is None or bool(described)), tie_projections=tie_projections,
     )  # fmt: skip
     config = ModelConfig(

@@ -10,8 +10,8 @@ import numpy as np
 from seqmodels.config import HeadConfig, ModelConfig, Targets
 from seqmodels.errors import InputError
 from seqmodels.files import write_json
-from seqmodels.tasks.genomics.backbones import Mixer, Strands, choose_backbone
-from seqmodels.tasks.genomics.datasets import RecordData, WindowData, parse_lengths, training_data
+from seqmodels.tasks.genomics.backbones import Mixer, Strands, choose_backbone, kmer_config
+from seqmodels.tasks.genomics.datasets import Augmentation, RecordData, WindowData, parse_lengths, training_data
 from seqmodels.tasks.genomics.kmers import fit_kmers
 from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, splits_of
 from seqmodels.tasks.genomics.tokens import TOKENIZER, VOCAB_SIZE
@@ -33,6 +33,7 @@ def train(
     validation_fraction: float = 0.1,
     validation_windows: int = 40,
     reverse_complement: bool = True,
+    mutation_rate: float = 0.0,
     mixer: Mixer | None = None,
     bidirectional: bool = False,
     tie_projections: bool = False,
@@ -42,6 +43,8 @@ def train(
     d_state: int | None = None,
     kmer: int = 0,
     kmer_width: int = 16,
+    kmer_buckets: int | None = None,
+    kmer_canonical: bool = False,
     dropout: float = 0.0,
     pool: Literal["last", "mean", "sqrt", "max"] = "mean",
     supervise_every: int = 0,
@@ -114,6 +117,8 @@ def train(
         validation_fraction: Part of the data that is held out.
         validation_windows: Windows per class and length that are validated, at most, in long records.
         reverse_complement: Whether each training sequence is read on the other strand half of the time.
+        mutation_rate: Part of the bases of each training sequence that another base replaces, anew each time it is
+            read, so that a model learns to recognise relatives of what it was shown.
         mixer: Kind of layer; otherwise mamba2.
         bidirectional: Whether layers read both directions; long records then need main memory for every base.
         tie_projections: With bidirectional mamba or mamba2: share the projections of both directions, as Caduceus.
@@ -125,6 +130,8 @@ def train(
         d_state: State size of mamba and mamba2; otherwise 16 and 128.
         kmer: Also embed the last so many bases as one word, through a table of 4**kmer words; 0 means no such table.
         kmer_width: Width of that table.
+        kmer_buckets: Rows of that table, if fewer: words (of up to 31 bases) are hashed to them.
+        kmer_canonical: Whether a word and its reverse complement share their embedding.
         dropout: Dropout, in the layers and before the classifier.
         pool: How the positions of a sequence are summarised: the last, mean or max, or sqrt for the sum divided by the
             square root of the length, under which evidence from long sequences adds up.
@@ -133,8 +140,8 @@ def train(
         class_weights: Weight of each class in the loss, in order of the sorted names, for example 1,4; or balanced:
             in inverse proportion to how often it occurs. With targets multi, that of a class being there.
         start_from: A model (name or folder, also a pretrained Caduceus) whose weights are taken over where name and
-            shape agree; the rest is new. Its layers are taken, too, unless one of the options from mixer to kmer_width
-            (but for strands) says how to build new ones.
+            shape agree; the rest is new. Its layers are taken, too, unless one of the options from mixer to
+            kmer_canonical (but for strands) says how to build new ones.
         tune: With --start-from: train all weights (full), or only the classifier on the frozen model (head).
         seeds: Models to train, with this many seeds in a row, each in a folder of its own in RUN.
         folds: Folds of a cross-validation over train and dev: each is held out once and measured. Labels are alike in
@@ -189,7 +196,7 @@ def train(
             batch_tokens=batch_tokens,
             validation_fraction=validation_fraction,
             validation_windows=validation_windows,
-            augment=reverse_complement,
+            augment=Augmentation(reverse_complement, mutation_rate),
             seed=training.seed,
             length_warmup=length_warmup * per_step,
             packed=batching == "packed",
@@ -198,8 +205,8 @@ def train(
         if epochs:
             training = _by_epochs(training, epochs, served)
         backbone = choose_backbone(
-            start_from, mixer, d_model, n_layer, d_state, kmer, kmer_width, strands=strands,
-            bidirectional=bidirectional, tie_projections=tie_projections,
+            start_from, mixer, d_model, n_layer, d_state, strands=strands, bidirectional=bidirectional,
+            tie_projections=tie_projections, kmer=kmer_config(kmer, kmer_width, kmer_buckets, kmer_canonical),
         )  # fmt: skip
         head = HeadConfig(
             task="sequence", labels=records.classes, pool=pool, dropout=dropout, supervise_every=supervise_every,

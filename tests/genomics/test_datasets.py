@@ -4,18 +4,19 @@ import gzip
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics import datasets
-from seqmodels.tasks.genomics.datasets import Stretch, parse_lengths, spaced_windows, training_data
+from seqmodels.tasks.genomics.datasets import Augmentation, Stretch, parse_lengths, spaced_windows, training_data
 from seqmodels.tasks.genomics.labelled import load_labelled
-from seqmodels.tasks.genomics.tokens import decode, encode, reverse_complement
+from seqmodels.tasks.genomics.tokens import A, N, T, decode, encode, reverse_complement
 
 OPTIONS = {
     "batch_tokens": 400,
     "validation_fraction": 0.2,
     "validation_windows": 5,
-    "augment": False,
+    "augment": Augmentation(reverse_complement=False),
     "seed": 3,
 }
 
@@ -211,11 +212,25 @@ def test_augmentation_turns_about_half_of_the_windows(long_folder):
     records = load_labelled(long_folder, split="train")
     text = " ".join(decode(t) for t in records.tokens)
     other = " ".join(decode(reverse_complement(t)) for t in records.tokens)
-    data = training_data(records, [50], **{**OPTIONS, "augment": True})
+    data = training_data(records, [50], **{**OPTIONS, "augment": Augmentation()})
     windows = [decode(ids.numpy().astype(np.uint8)) for step in range(25) for ids in data.train_batch(step)["ids"]]
     turned = [window in other for window in windows]
     assert turned == [window not in text for window in windows]
     assert 0.3 < np.mean(turned) < 0.7
+
+
+def test_mutations_replace_the_asked_part_of_the_bases_by_others_and_leave_the_data_alone():
+    before = encode(b"ACGTN" * 4000)
+    given, rng = before.copy(), np.random.default_rng(0)
+    after = Augmentation(reverse_complement=False, mutation_rate=0.1)(given, rng)
+    assert np.array_equal(given, before)
+    bases, changed = before != N, after != before
+    assert not changed[~bases].any()
+    assert set(after[changed].tolist()) == set(range(A, T + 1))
+    assert stats.binomtest(int(changed.sum()), int(bases.sum()), 0.1).pvalue > 1e-4
+    kinds = np.unique(np.stack([before[changed], after[changed]]), axis=1, return_counts=True)[1]
+    assert len(kinds) == 12  # each of the other three
+    assert stats.chisquare(kinds).pvalue > 1e-4
 
 
 def sequences_of(batch):
@@ -249,7 +264,7 @@ def test_each_pass_shows_every_training_record_once_with_its_label(short_table, 
 
 
 def test_packed_records_are_cut_and_turned_like_any(short_table):
-    options = {**OPTIONS, "batch_tokens": 160, "augment": True}
+    options = {**OPTIONS, "batch_tokens": 160, "augment": Augmentation()}
     data = training_data(load_labelled(short_table), [10, 20], **options, packed=True)
     whole = [decode(tokens) for tokens in data.records.tokens]
     either = " ".join(whole + [decode(reverse_complement(tokens)) for tokens in data.records.tokens])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seqmodels.tasks.genomics.datasets import training_data
+from seqmodels.tasks.genomics.datasets import Augmentation, training_data
 from seqmodels.tasks.genomics.fasta import FastaReader
 from seqmodels.tasks.genomics.labelled import load_labelled
 
@@ -67,7 +67,13 @@ def test_the_species_data_give_balanced_windows(enterobacteria):
     assert records.classes == SPECIES
     assert [len(t) for t in records.tokens] == [4641652, 4857432, 5248520, 5142035, 5641239]
     data = training_data(
-        records, [1024, 65536], batch_tokens=131072, validation_fraction=0.1, validation_windows=7, augment=True, seed=0
+        records,
+        [1024, 65536],
+        batch_tokens=131072,
+        validation_fraction=0.1,
+        validation_windows=7,
+        augment=Augmentation(),
+        seed=0,
     )
     counts = [np.bincount(b["targets"].numpy(), minlength=5) for b in data.validation_batches()]
     assert np.sum(counts, axis=0).tolist() == [14] * 5

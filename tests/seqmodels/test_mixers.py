@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import seqmodels
-from seqmodels.backbone import BackboneState
+from seqmodels.backbone import BackboneState, KmerEmbedding
 from seqmodels.config import (
     AttentionConfig,
     BackboneConfig,
@@ -53,8 +53,11 @@ def language_model(*names, dtype=torch.float32, mlp=0.0, conditions=(), task="ne
     return enlarge(seqmodels.build(config, seed=0)).to(dtype).eval()
 
 
-def kmers(dtype=torch.float32):
-    kmer = KmerConfig(k=3, alphabet=(2, 3, 5, 7, 9), width=6)
+SWAPPED = (0, 1, 5, 3, 4, 2, 6, 9, 8, 7, 10)  # complements: 2 and 5, 7 and 9
+
+
+def kmers(dtype=torch.float32, **options):
+    kmer = KmerConfig(k=3, alphabet=(2, 3, 5, 7, 9), width=6, **options)
     backbone = BackboneConfig(d_model=16, layers=(CAUSAL["mamba2"], CAUSAL["mamba"]), kmer=kmer)
     config = ModelConfig(vocab_size=11, backbone=backbone, head=HeadConfig(task="next_token"))
     return enlarge(seqmodels.build(config, seed=0)).to(dtype).eval()
@@ -83,6 +86,7 @@ MODELS = {name: (lambda name=name: language_model(name, name)) for name in CAUSA
 MODELS["hybrid"] = lambda: language_model(*HYBRID, mlp=2.0)
 MODELS["u-net"] = u_net
 MODELS["k-mers"] = kmers
+MODELS["k-mers, canonical, hashed"] = lambda: kmers(buckets=50, complement_map=SWAPPED)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -187,6 +191,48 @@ def test_no_position_depends_on_the_future(name):
         rounding = 1e-13 * gradient.abs().max() if "s4d" in name or name == "hybrid" else 0
         assert gradient[0, t + 1 :].abs().max() <= rounding if t < 29 else True
         assert gradient[0, t].abs().max() > 0
+
+
+@pytest.mark.parametrize("k", [1, 4, 13])
+@pytest.mark.parametrize("canonical", [False, True])
+@pytest.mark.parametrize("buckets", [None, 1000])
+@torch.no_grad()
+def test_words_find_the_rows_that_counting_in_python_finds(k, canonical, buckets):
+    if buckets is None and k == 13:
+        pytest.skip("a table of 5**13 words")
+    letters, l = (2, 3, 5, 7, 9), 200
+    config = KmerConfig(k=k, alphabet=letters, width=1, buckets=buckets, complement_map=SWAPPED if canonical else None)
+    words = KmerEmbedding(config, 11, 1)
+    rows = words.table.num_embeddings
+    words.table.weight.copy_(torch.arange(rows)[:, None])
+    words.proj.weight.fill_(1)
+    ids = torch.tensor(letters)[torch.randint(0, 5, (l,), generator=torch.Generator().manual_seed(k))]
+    ids[100] = 4  # no letter
+
+    def number(word):
+        digits = [letters.index(i) for i in word]
+        value = sum(digit * 5**j for j, digit in enumerate(reversed(digits)))
+        if canonical:
+            turned = [letters.index(SWAPPED[i]) for i in reversed(word)]
+            value = min(value, sum(digit * 5**j for j, digit in enumerate(reversed(turned))))
+        if buckets is None:
+            return value
+        return (value * 0x9E3779B97F4A7C15 % 2**64 >> 32) % 2**31 % buckets
+
+    found, _ = words(ids[None], None, None, None)
+    ends = [ids[t - k + 1 : t + 1].tolist() if t >= k - 1 else [4] for t in range(l)]
+    assert found[0, :, 0].long().tolist() == [rows - 1 if 4 in word else number(word) for word in ends]
+
+
+def test_words_that_no_table_can_hold_are_refused_with_a_way_out():
+    for options, message in (
+        ({"k": 16}, r"kmer.k is 16: 4\*\*16 words are too many for a table; give kmer.buckets"),
+        ({"k": 32, "buckets": 9}, "too many for a hash of 63 bits"),
+        ({"k": 3, "buckets": 0}, "kmer.buckets is 0; expected 1 to"),
+        ({"k": 3, "complement_map": (3, 1, 2, 0, 4, 5, 6, 7, 8, 9, 10)}, "kmer.alphabet lacks the complement"),
+    ):
+        with pytest.raises(InputError, match=message):
+            KmerEmbedding(KmerConfig(alphabet=(0, 1, 2, 5), width=1, **options), 11, 1)
 
 
 @torch.no_grad()
