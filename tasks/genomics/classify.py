@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from seqmodels.errors import InputError
@@ -21,6 +20,7 @@ from seqmodels.tasks.genomics.inference import (
     Reading,
     Strand,
     Strands,
+    label_of,
     opened,
     scores_of,
     serve_first,
@@ -392,13 +392,7 @@ def _predict(row: Row, strands: list[Logits], facts: Facts, reading: str) -> Non
     row |= {"reading": reading, "strand_delta": float(np.ptp(each, axis=0).max())}
     row |= {f"{_SCORE[facts.targets]}{name}": float(v) for name, v in zip(facts.classes, scores, strict=True)}
     if facts.targets != "regression":
-        row |= {"label": _label(scores, facts), "prob": float(scores.max())}
-        row |= {"label_fwd": _label(each[0], facts), "label_rev": _label(each[-1], facts)}
+        row |= {"label": label_of(scores, facts.classes, facts.targets), "prob": float(scores.max())}
+        row |= {"label_fwd": label_of(each[0], facts.classes, facts.targets)}
+        row |= {"label_rev": label_of(each[-1], facts.classes, facts.targets)}
         row |= {f"logit_{name}": float(v) for name, v in zip(facts.classes, logits, strict=True)}
-
-
-def _label(scores: NDArray[np.float64], facts: Facts) -> str:
-    """The most likely class, or all labels that are more likely than not."""
-    if facts.targets == "multi":
-        return ";".join(name for name, p in zip(facts.classes, scores, strict=True) if p >= 0.5)
-    return facts.classes[int(scores.argmax())]

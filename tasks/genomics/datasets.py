@@ -256,6 +256,12 @@ class Stretch:
         return self.end - self.start
 
 
+def taken(records: LabelledRecords, places: list[Stretch]) -> tuple[list[Tokens], NDArray]:
+    """Tokens and labels of stretches of records."""
+    tokens = [records.tokens[place.record][place.start : place.end] for place in places]
+    return tokens, records.labels[[place.record for place in places]]
+
+
 class WindowData:
     """Batches of windows of long records, classes equally likely, each batch of one length.
 
@@ -340,19 +346,17 @@ class WindowData:
         """Windows of every length, evenly spaced in the held-out stretches, the same number for each class."""
         batches = []
         for length in self.lengths:
-            windows, labels = spaced_windows(
-                self.held_out, self.validation, length, self.validation_windows, overlap=False
-            )
+            places = spaced_windows(self.held_out, self.validation, length, self.validation_windows, overlap=False)
             size = max(1, self.batch_tokens // length)
-            for i in range(0, len(windows), size):
-                batches.append(to_batch(windows[i : i + size], labels[i : i + size]))
+            for i in range(0, len(places), size):
+                batches.append(to_batch(*taken(self.held_out, places[i : i + size])))
         return batches
 
 
 def spaced_windows(
     records: LabelledRecords, stretches: list[Stretch], length: int, count: int, *, overlap: bool
-) -> tuple[list[Tokens], NDArray[np.int64]]:
-    """At most `count` windows per class, as many for each class, evenly spaced over its stretches, with labels (n,).
+) -> list[Stretch]:
+    """At most `count` windows per class, as many for each class, evenly spaced over its stretches.
 
     Without `overlap`, no more windows are taken than fit side by side into the class with the least room.
     """
@@ -371,8 +375,7 @@ def spaced_windows(
         rooms = per_class(lambda s: len(s) // length)
         count = min(count, *(int(room.sum()) for _, room in rooms))
         step = length
-    windows: list[Tokens] = []
-    labels: list[int] = []
+    windows: list[Stretch] = []
     for own, room in rooms:
         if not room.sum():
             name = records.classes[records.labels[own[0].record]]
@@ -381,6 +384,5 @@ def spaced_windows(
         for at in np.unique(np.linspace(0, room.sum() - 1, count).astype(np.int64)) if count > 1 else [0]:
             which = int(np.searchsorted(ends, at, side="right"))
             start = own[which].start + (int(at) - int(ends[which] - room[which])) * step
-            windows.append(records.tokens[own[which].record][start : start + length])
-            labels.append(int(records.labels[own[which].record]))
-    return windows, np.array(labels, dtype=np.int64)
+            windows.append(Stretch(own[which].record, start, start + length))
+    return windows

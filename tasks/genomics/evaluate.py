@@ -2,24 +2,29 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from seqmodels.config import Targets
 from seqmodels.display import aligned
 from seqmodels.errors import InputError
 from seqmodels.files import write_json
-from seqmodels.tasks.genomics.datasets import Stretch, parse_lengths, spaced_windows
-from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits, probabilities, scores_of
-from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, read_labels, read_table
+from seqmodels.tasks.genomics.datasets import Stretch, parse_lengths, spaced_windows, taken
+from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits, label_of, scores_of
+from seqmodels.tasks.genomics.labelled import LabelledRecords, label_columns, label_ids, load_labelled, read_table
 from seqmodels.tasks.genomics.metrics import evaluate_any
-from seqmodels.tasks.genomics.table import check_writable
+from seqmodels.tasks.genomics.pictures import PictureFormat, draw
+from seqmodels.tasks.genomics.table import Row, TableWriter, check_writable
 from seqmodels.tasks.genomics.tokens import Tokens
 
 _TABLES = (".tsv", ".tsv.gz", ".txt", ".csv", ".csv.gz", ".jsonl", ".parquet")
+_SCORES = {"p_": "probability", "value_": "number"}
 
 
 def evaluate(
@@ -31,6 +36,9 @@ def evaluate(
     windows: int = 200,
     overlap: bool = False,
     output: Path | None = None,
+    predictions: Path | None = None,
+    pictures: Path | None = None,
+    picture_format: PictureFormat = "png",
     resamples: int = 1000,
     seed: int = 0,
     device: str = "auto",
@@ -41,20 +49,30 @@ def evaluate(
 ) -> int:
     """Evaluate a model on labelled data, or a table of predictions that `longseq dna classify` has written.
 
-    Prints accuracy, balanced accuracy, macro-F1, MCC, and AUROC and AUPRC (one class against the rest, averaged), each
-    with its 95 % bootstrap interval over the samples, and the confusion matrix. Of a model of several labels: accuracy,
-    F1, MCC, AUROC and AUPRC, averaged over the labels; of a model of numbers: Pearson's and Spearman's correlation, R2
-    (the part of the variance that is explained) and the root mean squared error.
+    Prints accuracy, balanced accuracy, macro-F1, MCC, AUROC and AUPRC (one class against the rest, averaged), the Brier
+    score, log loss and expected calibration error, each with its 95 % bootstrap interval over the samples; the same of
+    each class against the rest; and the confusion matrix. Of a model of several labels the first table has means over
+    the labels; of a model of numbers Pearson's and Spearman's correlation, R2 (the part of the variance that is
+    explained), the root mean squared and the mean absolute error.
+
+        longseq dna evaluate runs/mine/model --data gue/tf/0 --predictions test.tsv --pictures pictures
+        longseq dna evaluate test.tsv                                    # again, from what was predicted
+        longseq dna evaluate contigs.tsv --labels truth.csv              # or from what dna classify has written
 
     Args:
         source: A model (as for classify), or a table of predictions (.tsv, .csv, .jsonl, .parquet).
         data: For a model: labelled data of any kind that dna train reads.
-        labels: Table with the columns record and label, for a FASTA file or for predictions.
+        labels: Table with the columns record and label (or several label_<name>), for a FASTA file or for predictions.
         split: Which split to take where the data have splits: train, dev or test.
         window: Lengths of the windows cut from long records, for example 1024,8192,65536; otherwise whole records.
         windows: Windows per class and length, evenly spaced; the same number for each class.
         overlap: Whether windows may overlap to reach that number.
-        output: JSON file for the results.
+        output: JSON file for the results, with the intervals of each class, too.
+        predictions: Table to write, a row per sample: record_id, start and end (from 0, end excluded), window, what is
+            true, and what is predicted, as dna classify has it (.tsv, .csv, .jsonl, .parquet).
+        pictures: Folder to draw into: ROC and precision-recall curves of each class, calibration, confusion matrix; of
+            a model of numbers true against predicted ones. Each length of windows has its own folder in it.
+        picture_format: png, svg or pdf.
         resamples: Bootstrap resamples.
         seed: Seed of the bootstrap.
         device: auto, cpu, cuda or cuda:<number>.
@@ -66,30 +84,33 @@ def evaluate(
     Returns:
         0.
     """
-    if output is not None:
-        check_writable(output)
+    for path in (output, predictions):
+        if path is not None:
+            check_writable(path)
     if windows < 1 or resamples < 0:
         raise InputError(f"windows is {windows} and resamples is {resamples}; give at least 1 and 0")
     if source.endswith(_TABLES):
-        if labels is None:
-            raise InputError(f"{source} is a table of predictions; name the table of labels with --labels")
-        targets = "single"
-        classes, samples = _from_predictions(Path(source), labels)
+        targets, classes, samples = _from_predictions(Path(source), labels)
     else:
         if data is None:
             raise InputError(f"{source} is taken for a model; name labelled data with --data")
         lengths = parse_lengths(window)
         classifier = Classifier(source, device, dtype, batch_tokens, chunk)
-        targets = classifier.targets
-        records = load_labelled(data, labels, split=split, classes=classifier.classes, targets=targets)
+        targets, classes = classifier.targets, classifier.classes
+        records = load_labelled(data, labels, split=split, classes=classes, targets=targets)
         if lengths and not records.long:
             raise InputError(f"{data} has short records, which are taken whole; leave --window out")
-        classes = classifier.classes
         samples = _from_model(classifier, records, lengths, windows, overlap, quiet)
     results = []
-    for length, true, scores in samples:
-        results.append({"window": length, **evaluate_any(targets, true, scores, resamples=resamples, seed=seed)})
-        print(_shown(results[-1], classes), flush=True)
+    with TableWriter(predictions, _columns(targets, classes)) if predictions is not None else nullcontext() as table:
+        for of in samples:
+            results.append({"window": of.window, **evaluate_any(targets, *of.pair, resamples=resamples, seed=seed)})
+            print(_shown(results[-1], classes), flush=True)
+            if table is not None:
+                table.write(list(_rows(of, targets, classes)))
+            if pictures is not None:
+                folder = pictures if of.window is None else pictures / f"window-{of.window}"
+                draw(folder, targets, classes, *of.pair, _what(results[-1]), picture_format)
     if output is not None:
         settings = {"split": split, "windows": windows, "overlap": overlap, "resamples": resamples, "seed": seed}
         report = {"source": source, "data": str(data) if data else None, "labels": str(labels) if labels else None}
@@ -97,26 +118,44 @@ def evaluate(
     return 0
 
 
-Samples = Iterator[tuple[int | None, NDArray, NDArray[np.float64]]]
+class Samples(NamedTuple):
+    """Records or windows, what is true of them, and what a model says."""
+
+    window: int | None
+    "Their length; None for whole records."
+    names: list[str]
+    "Their records."
+    places: list[tuple[int | None, int | None]]
+    "Where each begins and ends in its record (from 0, end excluded); None for the rows of a table."
+    targets: NDArray
+    "Labels (n, ...)."
+    scores: NDArray[np.float64]
+    "Probabilities, or numbers (n, classes)."
+
+    @property
+    def pair(self) -> tuple[NDArray, NDArray[np.float64]]:
+        """Labels and scores."""
+        return self.targets, self.scores
 
 
 def measure(model: Path, records: LabelledRecords, lengths: list[int], device: str) -> list[dict[str, Any]]:
     """Metrics, without intervals, of a model on records or their windows (200 per class), for each length."""
     classifier = Classifier(str(model), device)
     samples = _from_model(classifier, records, lengths if records.long else [], 200, False, True)
-    return [{"window": n, **evaluate_any(records.targets, *pair, resamples=0)} for n, *pair in samples]
+    return [{"window": of.window, **evaluate_any(records.targets, *of.pair, resamples=0)} for of in samples]
 
 
 def _from_model(
     classifier: Classifier, records: LabelledRecords, lengths: list[int], windows: int, overlap: bool, quiet: bool
-) -> Samples:
-    """Window length (None: whole records), true labels (n, ...) and scores (n, classes), for each length."""
-    stretches = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(records.tokens)]
+) -> Iterator[Samples]:
+    """What the model says, for each length of windows."""
+    whole = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(records.tokens)]
     for length in lengths or [None]:
-        sequences, targets = records.tokens, records.labels
-        if length is not None:
-            sequences, targets = spaced_windows(records, stretches, length, windows, overlap=overlap)
-        yield length, targets, scores_of(_logits(classifier, sequences, quiet), classifier.targets)
+        places = whole if length is None else spaced_windows(records, whole, length, windows, overlap=overlap)
+        sequences, targets = taken(records, places)
+        scores = scores_of(_logits(classifier, sequences, quiet), classifier.targets)
+        names = [records.names[place.record] for place in places]
+        yield Samples(length, names, [(place.start, place.end) for place in places], targets, scores)
 
 
 def _logits(classifier: Classifier, sequences: list[Tokens], quiet: bool) -> Logits:
@@ -139,37 +178,48 @@ def _logits(classifier: Classifier, sequences: list[Tokens], quiet: bool) -> Log
     return logits
 
 
-def _from_predictions(path: Path, labels: Path) -> tuple[tuple[str, ...], Samples]:
-    """Classes, and the samples of the rows that have a prediction."""
-    label_of = read_labels(labels)
+def _from_predictions(path: Path, labels: Path | None) -> tuple[Targets, tuple[str, ...], Iterator[Samples]]:
+    """What is predicted, the classes, and the samples: the rows that have a prediction."""
     table = _read_predictions(path)
-    classes = tuple(name[2:] for name in table if name.startswith("p_"))
-    table.setdefault("record_id", table.get("name", []))  # of intervals and windows
-    if not table["record_id"] or not classes:
+    start = "value_" if any(name.startswith("value_") for name in table) else "p_"
+    classes = tuple(name.removeprefix(start) for name in table if name.startswith(start))
+    if "record_id" not in table and "name" in table:
+        table["record_id"] = table["name"]  # of intervals and windows
+    if not table.get("record_id") or not classes:
         raise InputError(f"{path} lacks the columns record_id and p_<class>; give a table written by 'dna classify'")
-    ids = {name: i for i, name in enumerate(classes)}
-    targets, rows = [], []
-    for i, record in enumerate(table["record_id"]):
-        if table[f"p_{classes[0]}"][i] in ("", None):
-            continue
-        if record not in label_of:
-            raise InputError(f"{labels} has no label for record {record!r} of {path}; add it")
-        if label_of[record] not in ids:
-            raise InputError(f"{labels}: label {label_of[record]!r} is not a class of {path} ({', '.join(classes)})")
-        targets.append(ids[label_of[record]])
-        rows.append(i)
-    if not rows:
+    skipped = [value in ("", None) for value in table[start + classes[0]]]
+    if all(skipped):
         raise InputError(f"{path} has no row with a prediction; nothing can be evaluated")
+    if any(skipped):
+        print(f"longseq: {path}: {sum(skipped)} rows without a prediction are left out", file=sys.stderr)
+        table = {name: list(compress(column, (not skip for skip in skipped))) for name, column in table.items()}
+    names = [str(name) for name in table["record_id"]]
+    own = {name: column for name, column in table.items() if name == "true" or name.startswith("true_")}
+    truth = {
+        name.replace("true", "label", 1): ["" if value is None else str(value) for value in column]
+        for name, column in own.items()
+    }
+    told = truth if labels is None else read_table(labels)
+    if not told:
+        raise InputError(f"{path} is a table of predictions; name the table of labels with --labels")
+    targets: Targets = "regression" if start == "value_" else "multi" if _several(told) else "single"
+    if labels is not None:
+        truth = label_columns(labels, names, path, targets)
+    ids, _ = label_ids(truth, targets, classes, names, labels or path)
+    exact = all(f"logit_{name}" in table for name in classes)  # near 1, probabilities of six digits tie
     try:
-        if all(f"logit_{name}" in table for name in classes):  # near 1, probabilities of six digits tie
-            scores = probabilities(np.array([[float(table[f"logit_{name}"][i]) for name in classes] for i in rows]))
-        else:
-            scores = np.array([[float(table[f"p_{name}"][i]) for name in classes] for i in rows])
-    except ValueError as error:
+        scores = np.array([table[("logit_" if exact else start) + name] for name in classes], dtype=np.float64).T
+    except (TypeError, ValueError) as error:
         raise InputError(f"{path}: a score is no number ({error})") from None
-    if skipped := len(table["record_id"]) - len(rows):
-        print(f"longseq: {path}: {skipped} rows without a prediction are left out", file=sys.stderr)
-    return classes, iter([(None, np.array(targets, dtype=np.int64), scores)])
+    scores = scores_of(scores, targets) if exact else scores
+    if not np.isfinite(scores).all() or (start == "p_" and not ((scores >= 0) & (scores <= 1)).all()):
+        raise InputError(f"{path}: a column {start}<class> has what is no {_SCORES[start]}; correct it")
+    return targets, classes, iter([Samples(None, names, [(None, None)] * len(names), ids, scores)])
+
+
+def _several(columns: dict[str, list[str]]) -> bool:
+    """Whether these are labels of which a record may have any number."""
+    return "label" not in columns or any(";" in text for text in columns["label"])
 
 
 def _read_predictions(path: Path) -> dict[str, list[Any]]:
@@ -186,8 +236,37 @@ def _read_predictions(path: Path) -> dict[str, list[Any]]:
     return {name: frame[name].to_list() for name in frame.columns}
 
 
+def _columns(targets: Targets, classes: tuple[str, ...]) -> dict[str, type]:
+    """Of a table of predictions."""
+    columns: dict[str, type] = {"record_id": str, "start": int, "end": int, "window": int}
+    if targets == "single":
+        columns |= {"true": str}
+    else:
+        columns |= {f"true_{name}": int if targets == "multi" else float for name in classes}
+    if targets == "regression":
+        return columns | {f"value_{name}": float for name in classes}
+    return columns | {"label": str, "prob": float} | {f"p_{name}": float for name in classes}
+
+
+def _rows(of: Samples, targets: Targets, classes: tuple[str, ...]) -> Iterator[Row]:
+    """Of a table of predictions."""
+    for name, (start, end), true, scores in zip(of.names, of.places, of.targets, of.scores, strict=True):
+        row: Row = {"record_id": name, "start": start, "end": end, "window": of.window}
+        if targets == "single":
+            row |= {"true": classes[true]}
+        else:
+            kind = int if targets == "multi" else float
+            row |= {f"true_{c}": None if np.isnan(v) else kind(v) for c, v in zip(classes, true, strict=True)}
+        if targets == "regression":
+            row |= {f"value_{c}": float(value) for c, value in zip(classes, scores, strict=True)}
+        else:
+            row |= {"label": label_of(scores, classes, targets), "prob": float(scores.max())}
+            row |= {f"p_{c}": float(p) for c, p in zip(classes, scores, strict=True)}
+        yield row
+
+
 def _shown(result: dict[str, Any], classes: tuple[str, ...]) -> str:
-    """A result as text: a line per metric, then the confusion matrix."""
+    """A result as text: a line per metric, a line per class, and the confusion matrix."""
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
@@ -196,19 +275,20 @@ def _shown(result: dict[str, Any], classes: tuple[str, ...]) -> str:
     for name, values in result["metrics"].items():
         interval = f"{number(values['low'])} to {number(values['high'])}" if "low" in values else ""
         rows.append({"metric": name, "value": number(values["value"]), "95 % interval": interval})
+    heading = "class" if "confusion" in result else "label"
+    each = [
+        {heading: name, **{k: v if k == "n" else number(v["value"]) for k, v in own.items()}}
+        for name, own in zip(classes, result["per_class"], strict=True)
+    ]
+    tables = [rows, each]
     if "confusion" in result:
         counts = zip(classes, result["confusion"], strict=True)
-        further = [
+        tables.append([
             {"true \\ predicted": name, **dict(zip(classes, counted, strict=True))} for name, counted in counts
-        ]  # fmt: skip
-    else:
-        further = [{"label": name, **values} for name, values in zip(classes, result["labels"], strict=True)]
-        further = [{k: v if k == "label" else number(v) for k, v in row.items()} for row in further]
+        ])  # fmt: skip
+    return "\n".join([_what(result), *(aligned(table, [*table[0]]) for table in tables)])
+
+
+def _what(result: dict[str, Any]) -> str:
     what = "whole records" if result["window"] is None else f"windows of {result['window']} bases"
-    return "\n".join(
-        [
-            f"{result['n']} {what}",
-            aligned(rows, ["metric", "value", "95 % interval"]),
-            aligned(further, [*further[0]]),
-        ]
-    )
+    return f"{result['n']} {what}"

@@ -327,6 +327,13 @@ def scores_of(logits: NDArray[Any], targets: Targets) -> NDArray[np.float64]:
     return logits if targets == "regression" else np.exp(-np.logaddexp(0, -logits))
 
 
+def label_of(scores: NDArray[np.float64], classes: tuple[str, ...], targets: Targets) -> str:
+    """The most likely class, or all labels that are as likely as not, or more."""
+    if targets == "multi":
+        return ";".join(name for name, p in zip(classes, scores, strict=True) if p >= 0.5)
+    return classes[int(scores.argmax())]
+
+
 def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
     """Softmax of logits (..., classes) in float64."""
     powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))

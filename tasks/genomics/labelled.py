@@ -103,7 +103,7 @@ def load_labelled(
         columns = {name: columns.get(name, []) + column for name, column in more_columns.items()}
     if not names:
         raise InputError(f"{data} has no records{f' of the split {split!r}' if split else ''}")
-    ids, classes = _labels(columns, targets, classes, names, labels or data)
+    ids, classes = label_ids(columns, targets, classes, names, labels or data)
     return LabelledRecords(names, tokens, ids, classes, long, targets)
 
 
@@ -153,7 +153,7 @@ def _from_any(
     return *_from_sequences(table, path, targets), False
 
 
-def _labels(
+def label_ids(
     columns: Columns, targets: Targets, classes: tuple[str, ...] | None, names: list[str], where: Path
 ) -> tuple[NDArray, tuple[str, ...]]:
     """Labels as LabelledRecords has them, and the classes."""
@@ -364,6 +364,13 @@ def _read_fasta(path: Path) -> dict[str, Tokens]:
 
 
 def _from_fasta(data: Path, labels: Path, targets: Targets) -> tuple[list[str], list[Tokens], Columns]:
+    _check_there(labels)
+    records = _read_fasta(data)
+    return list(records), list(records.values()), label_columns(labels, list(records), data, targets)
+
+
+def label_columns(labels: Path, names: list[str], where: Path, targets: Targets) -> Columns:
+    """The columns of labels in a table of labels, of the records that `where` names."""
     table = read_table(labels)
     columns = {name: column for name, column in table.items() if name == "label" or name.startswith("label_")}
     if "label" in columns:
@@ -375,12 +382,11 @@ def _from_fasta(data: Path, labels: Path, targets: Targets) -> tuple[list[str], 
     row_of = {record: i for i, record in enumerate(table["record"])}
     if targets != "single" and len(row_of) < len(table["record"]):
         raise InputError(f"{labels} names a record twice; keep one row for each")
-    records = _read_fasta(data)
-    for name in records:
+    for name in names:
         if name not in row_of:
-            raise InputError(f"{labels} has no label for record {name!r} of {data}; add it")
-    rows = [row_of[name] for name in records]
-    return list(records), list(records.values()), {n: [column[i] for i in rows] for n, column in columns.items()}
+            raise InputError(f"{labels} has no label for record {name!r} of {where}; add it")
+    rows = [row_of[name] for name in names]
+    return {name: [column[i] for i in rows] for name, column in columns.items()}
 
 
 def _from_long_records(table: Columns, path: Path) -> tuple[list[str], list[Tokens], Columns]:

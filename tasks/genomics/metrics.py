@@ -1,22 +1,28 @@
 """Metrics of a classifier, of several labels, or of a regression, with bootstrap intervals.
 
-Points come from scikit-learn. The intervals resample the windows (or records) with replacement: here every resample is
-a row of counts per window, so that all resamples of a metric are a few matrix products.
+The intervals resample the windows (or records) with replacement: here every resample is a row of counts per window, so
+that all resamples of a metric are a few matrix products. The metrics themselves are a resample of each window once.
+
+Of probabilities: brier is the mean squared error, summed over the classes if they are more than two; log_loss the mean
+of -ln p(true class); ece the expected calibration error (Guo et al., 2017): the mean distance between confidence and
+accuracy in `BINS` bins of the confidence, which is the probability of the class that is predicted.
 """
 
-import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn import metrics as sk
 
 from seqmodels.config import Targets
 
 Floats = NDArray[np.float64]
-METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "auroc", "auprc")
-MULTI_METRICS = ("accuracy", "f1", "mcc", "auroc", "auprc")
-VALUE_METRICS = ("pearson", "spearman", "r2", "rmse")
+Bools = NDArray[np.bool_]
+Measured = dict[str, Floats]  # a metric's values (resamples,), nan where it is not defined
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "auroc", "auprc", "brier", "log_loss", "ece")
+MULTI_METRICS = ("accuracy", "f1", "mcc", "auroc", "auprc", "brier", "log_loss", "ece")
+VALUE_METRICS = ("pearson", "spearman", "r2", "rmse", "mae")
+BINS = 15
 
 
 def evaluate_any(
@@ -29,44 +35,104 @@ def evaluate_any(
     return evaluate(targets.astype(np.float64), scores, resamples=resamples, seed=seed)
 
 
+def evaluate_scores(
+    targets: NDArray[np.int64], scores: Floats, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Metrics of probabilities (n, classes) against class ids (n,).
+
+    Gives `metrics` ({name: {value, low, high}}, percentile intervals of 95 %), `per_class` (a list of such, each class
+    against the rest, with its n in `targets`) and `confusion` (rows: true classes). Macro averages go over the classes
+    that occur in `targets`; a metric that is not defined is None.
+    """
+    classes, predicted = scores.shape[1], scores.argmax(1)
+    true, said = (np.eye(classes, dtype=bool)[ids] for ids in (targets, predicted))
+    present = np.unique(targets)
+    own = scores[np.arange(len(targets)), targets]
+    squares = np.square(scores - true).sum(1) / (2 if classes == 2 else 1)
+    cells = np.eye(classes * classes)[targets * classes + predicted]
+
+    def measure(weights: Floats) -> tuple[Measured, list[Measured]]:
+        each = [_binary_metrics(true[:, k], said[:, k], scores[:, k], weights) for k in range(classes)]
+        macro = {name: _mean([each[k][name] for k in present]) for name in ("recall", "f1", "auroc", "auprc")}
+        total = weights.sum(1)
+        return {
+            "accuracy": weights @ (predicted == targets) / total,
+            "balanced_accuracy": macro["recall"],
+            "macro_f1": macro["f1"],
+            "mcc": _mcc((weights @ cells).reshape(-1, classes, classes)),
+            "auroc": macro["auroc"],
+            "auprc": macro["auprc"],
+            "brier": weights @ squares / total,
+            "log_loss": weights @ _surprise(own) / total,
+            "ece": _calibration_error(predicted == targets, scores.max(1), weights),
+        }, each
+
+    found = _bootstrapped(len(targets), true.sum(0), measure, resamples, seed)
+    confusion = np.zeros((classes, classes), dtype=int)
+    np.add.at(confusion, (targets, predicted), 1)
+    return found | {"confusion": confusion.tolist()}
+
+
 def evaluate_labels(targets: Floats, scores: Floats, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Metrics of probabilities (n, labels) that each label is there, against 0 or 1 (n, labels), NaN for not known.
 
-    `metrics` are means over the labels for which they are defined, with intervals, where a label is said to be there
-    from 0.5 on; `labels` has those of each label.
+    `metrics` are means over the labels for which they are defined, where a label is said to be there from 0.5 on;
+    `per_class` has those of each label, with how often it is there as n.
     """
-    return _evaluate_columns(MULTI_METRICS, _binary_metrics, targets, scores, resamples, seed)
+
+    def measure(targets: Floats, scores: Floats, weights: Floats) -> Measured:
+        return _binary_metrics(targets > 0.5, scores >= 0.5, scores, weights)
+
+    counts = (targets > 0.5).sum(0)
+    return _evaluate_columns(MULTI_METRICS, measure, targets, scores, counts, resamples, seed)
 
 
 def evaluate_values(targets: Floats, scores: Floats, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Metrics of predicted numbers (n, labels) against the true ones, NaN for not known, as evaluate_labels."""
-    return _evaluate_columns(VALUE_METRICS, _value_metrics, targets, scores, resamples, seed)
+    """Metrics of predicted numbers (n, labels) against the true ones, NaN for not known, as evaluate_labels.
+
+    rmse and mae (root of the mean square, and mean size of the errors) have the unit of the numbers; n of `per_class`
+    is how many are known.
+    """
+    counts = (~np.isnan(targets)).sum(0)
+    return _evaluate_columns(VALUE_METRICS, _value_metrics, targets, scores, counts, resamples, seed)
 
 
 def _evaluate_columns(
-    names: tuple[str, ...], measure: Any, targets: Floats, scores: Floats, resamples: int, seed: int
+    names: tuple[str, ...], measure: Any, targets: Floats, scores: Floats, counts: NDArray, resamples: int, seed: int
 ) -> dict[str, Any]:
-    n = len(targets)
     known = ~np.isnan(targets)
+
+    def measured(weights: Floats) -> tuple[Measured, list[Measured]]:
+        each = [measure(targets[k, j], scores[k, j], weights[:, k]) for j, k in enumerate(known.T)]
+        return {name: _mean([one[name] for one in each]) for name in names}, each
+
+    return _bootstrapped(len(targets), counts, measured, resamples, seed)
+
+
+def _bootstrapped(
+    n: int, counts: NDArray, measure: Callable[[Floats], tuple[Measured, list[Measured]]], resamples: int, seed: int
+) -> dict[str, Any]:
+    """`n`, `metrics` and `per_class` of what `measure` says of weights (resamples, n): overall, and of each class.
+
+    counts (classes,) are what `per_class` tells as n.
+    """
     rng = np.random.default_rng(seed)
-    points = [measure(targets[k, j], scores[k, j], np.ones((1, k.sum()))) for j, k in enumerate(known.T)]
     parts = []
     size = max(1, 4_000_000 // n)  # resamples at a time: bounds the memory
     for start in range(0, resamples, size):
         weights = rng.multinomial(n, np.full(n, 1 / n), size=min(size, resamples - start)).astype(np.float64)
-        columns = [measure(targets[k, j], scores[k, j], weights[:, k]) for j, k in enumerate(known.T)]
-        parts.append({name: _mean([column[name] for column in columns]) for name in names})
-    metrics = {}
-    for name in names:
-        metrics[name] = {"value": _defined(_mean([column[name] for column in points])[0])}
-        if resamples:
-            metrics[name] |= _interval(np.concatenate([part[name] for part in parts]))
-    each = [{name: _defined(column[name][0]) for name in names} for column in points]
-    return {"n": n, "metrics": metrics, "labels": each}
+        parts.append(measure(weights))
 
+    def told(point: Measured, drawn: list[Measured]) -> dict[str, Any]:
+        values = {name: {"value": float(v[0]) if np.isfinite(v[0]) else None} for name, v in point.items()}
+        if drawn:
+            for name, value in values.items():
+                value |= _interval(np.concatenate([part[name] for part in drawn]))
+        return values
 
-def _defined(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    overall, each = measure(np.ones((1, n)))
+    per_class = [{"n": int(counts[k]), **told(one, [part[k] for _, part in parts])} for k, one in enumerate(each)]
+    return {"n": n, "metrics": told(overall, [part for part, _ in parts]), "per_class": per_class}
 
 
 def _interval(values: Floats) -> dict[str, float | None]:
@@ -76,20 +142,41 @@ def _interval(values: Floats) -> dict[str, float | None]:
     return {"low": low, "high": high}
 
 
-def _binary_metrics(targets: Floats, scores: Floats, weights: Floats) -> dict[str, Floats]:
-    """Metrics (resamples,) of one label, with weights (resamples, n) of the samples."""
-    true, said = targets > 0.5, scores >= 0.5
-    tp, fp, fn, tn = (weights @ one.astype(float) for one in (true & said, ~true & said, true & ~said, ~true & ~said))
+def _binary_metrics(true: Bools, said: Bools, p: Floats, weights: Floats) -> Measured:
+    """Metrics of one label (n,): whether it is there, is said to be, and its probability; weights (resamples, n)."""
+    cells = np.stack([true & said, ~true & said, true & ~said, ~true & ~said], 1).astype(float)
+    tp, fp, fn, tn = (weights @ cells).T
+    total = weights.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         mcc = (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-        mcc = np.where((tp + fn > 0) & (tn + fp > 0) & ~np.isfinite(mcc), 0.0, mcc)  # one said: 0 by convention
-        f1 = np.where(tp + fn > 0, 2 * tp / (2 * tp + fp + fn), np.nan)
-        accuracy = (tp + tn) / weights.sum(1)
-    roc, average = _weighted_curves(true, scores, weights) if len(true) else (np.full(len(weights), np.nan),) * 2
-    return {"accuracy": accuracy, "f1": f1, "mcc": mcc, "auroc": roc, "auprc": average}
+        found = {
+            "accuracy": (tp + tn) / total,
+            "precision": tp / (tp + fp),
+            "recall": tp / (tp + fn),
+            "f1": np.where(tp + fn > 0, 2 * tp / (2 * tp + fp + fn), np.nan),
+            # what always says the same has 0 by convention
+            "mcc": np.where((tp + fn > 0) & (tn + fp > 0) & ~np.isfinite(mcc), 0.0, mcc),
+        }
+        found["auroc"], found["auprc"] = _weighted_curves(true, p, weights)
+        found["brier"] = weights @ np.square(p - true) / total
+        found["log_loss"] = weights @ _surprise(np.where(true, p, 1 - p)) / total
+        return found | {"ece": _calibration_error(true, p, weights)}
 
 
-def _value_metrics(targets: Floats, scores: Floats, weights: Floats) -> dict[str, Floats]:
+def _surprise(p: Floats) -> Floats:
+    """-ln p, of a probability of 0 that of the smallest step from 1, as scikit-learn has it."""
+    return -np.log(np.clip(p, np.finfo(np.float64).eps, 1))
+
+
+def _calibration_error(hit: Bools, p: Floats, weights: Floats) -> Floats:
+    """Expected calibration error (resamples,) of probabilities (n,) of what is so (n,), weights (resamples, n)."""
+    gaps = np.zeros((len(p), BINS))
+    gaps[np.arange(len(p)), np.minimum((p * BINS).astype(int), BINS - 1)] = p - hit
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.abs(weights @ gaps).sum(1) / weights.sum(1)
+
+
+def _value_metrics(targets: Floats, scores: Floats, weights: Floats) -> Measured:
     """Metrics (resamples,) of one predicted number, with weights (resamples, n) of the samples."""
     n = weights.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -102,6 +189,7 @@ def _value_metrics(targets: Floats, scores: Floats, weights: Floats) -> dict[str
             "spearman": _correlation(*ranks, weights),
             "r2": np.where(total > 0, 1 - residual / total, np.nan),
             "rmse": np.sqrt(residual / n),
+            "mae": weights @ np.abs(targets - scores) / n,
         }
 
 
@@ -125,65 +213,6 @@ def _weighted_ranks(values: Floats, weights: Floats) -> Floats:
     return ((before + below + 1) / 2 / weights.sum(1, keepdims=True))[:, group]
 
 
-def evaluate_scores(
-    targets: NDArray[np.int64], scores: Floats, *, resamples: int = 1000, seed: int = 0
-) -> dict[str, Any]:
-    """Metrics of scores (n, classes), larger is more likely, against class ids (n,).
-
-    Gives `metrics` ({name: {value, low, high}}, percentile intervals of 95 %) and `confusion` (rows: true classes).
-    Macro averages go over the classes that occur in `targets`; a metric that is not defined is None.
-    """
-    predicted = scores.argmax(1)
-    classes = np.arange(scores.shape[1])
-    points = _points(targets, predicted, scores)
-    intervals = _bootstrap(targets, predicted, scores, resamples, seed) if resamples else {}
-    results = {}
-    for name in METRICS:
-        results[name] = {"value": points[name]}
-        if resamples:
-            results[name] |= _interval(intervals[name])
-    confusion = sk.confusion_matrix(targets, predicted, labels=classes).tolist()
-    return {"n": len(targets), "metrics": results, "confusion": confusion}
-
-
-def _points(targets: NDArray[np.int64], predicted: NDArray[np.int64], scores: Floats) -> dict[str, float | None]:
-    present = np.unique(targets)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
-        points: dict[str, float | None] = {
-            "accuracy": float(sk.accuracy_score(targets, predicted)),
-            "balanced_accuracy": float(sk.balanced_accuracy_score(targets, predicted)),
-            "macro_f1": float(sk.f1_score(targets, predicted, labels=present, average="macro")),
-            "mcc": float(sk.matthews_corrcoef(targets, predicted)) if len(present) > 1 else None,
-        }
-    for name, metric in (("auroc", sk.roc_auc_score), ("auprc", sk.average_precision_score)):
-        points[name] = None
-        if len(present) > 1:
-            points[name] = float(np.mean([metric(targets == label, scores[:, label]) for label in present]))
-    return points
-
-
-def _bootstrap(
-    targets: NDArray[np.int64], predicted: NDArray[np.int64], scores: Floats, resamples: int, seed: int
-) -> dict[str, Floats]:
-    """Values (resamples,) of each metric; nan where a resample leaves it undefined."""
-    n, n_classes = scores.shape
-    rng = np.random.default_rng(seed)
-    parts = []
-    size = max(1, 4_000_000 // n)  # resamples at a time: bounds the memory
-    for start in range(0, resamples, size):
-        count = min(size, resamples - start)
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=count).astype(np.float64)
-        one_hot = np.zeros((n, n_classes * n_classes))
-        one_hot[np.arange(n), targets * n_classes + predicted] = 1
-        part = _from_confusion((weights @ one_hot).reshape(count, n_classes, n_classes), np.unique(targets))
-        curves = [_weighted_curves(targets == k, scores[:, k], weights) for k in np.unique(targets)]
-        part["auroc"] = _mean([roc for roc, _ in curves])
-        part["auprc"] = _mean([precision for _, precision in curves])
-        parts.append(part)
-    return {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
-
-
 def _mean(values: list[Floats]) -> Floats:
     """Mean over the first axis of what is defined; nan where nothing is."""
     stacked = np.stack(values)
@@ -192,27 +221,20 @@ def _mean(values: list[Floats]) -> Floats:
         return np.where(finite, stacked, 0).sum(0) / finite.sum(0)
 
 
-def _from_confusion(confusion: Floats, present: NDArray[np.int64]) -> dict[str, Floats]:
-    """Metrics of confusion matrices (resamples, true, predicted), averaged over the `present` classes."""
-    true, guessed = confusion.sum(2), confusion.sum(1)
-    hits = np.einsum("rkk->rk", confusion)
-    n = true.sum(1)
+def _mcc(confusion: Floats) -> Floats:
+    """Matthews' correlation (resamples,) of confusion matrices (resamples, true, predicted)."""
+    true, guessed, n = confusion.sum(2), confusion.sum(1), confusion.sum((1, 2))
+    right = np.einsum("rkk->r", confusion)
     with np.errstate(invalid="ignore", divide="ignore"):
-        recall = hits / true
-        f1 = np.where(true + guessed > 0, 2 * hits / (true + guessed), np.nan)
-        covariance = n * hits.sum(1) - (true * guessed).sum(1)
+        covariance = n * right - (true * guessed).sum(1)
         mcc = covariance / np.sqrt((n**2 - (true**2).sum(1)) * (n**2 - (guessed**2).sum(1)))
-        mcc = np.where((n**2 > (true**2).sum(1)) & ~np.isfinite(mcc), 0.0, mcc)  # one predicted class: 0 by convention
-    return {
-        "accuracy": hits.sum(1) / n,
-        "balanced_accuracy": _mean(list(recall[:, present].T)),
-        "macro_f1": _mean(list(f1[:, present].T)),
-        "mcc": mcc,
-    }
+        return np.where((n**2 > (true**2).sum(1)) & ~np.isfinite(mcc), 0.0, mcc)  # one predicted class: 0 by convention
 
 
-def _weighted_curves(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> tuple[Floats, Floats]:
+def _weighted_curves(positive: Bools, scores: Floats, weights: Floats) -> tuple[Floats, Floats]:
     """Areas (resamples,) under the ROC curve and average precisions, with weights (resamples, n) of the samples."""
+    if not len(scores):
+        return np.full(len(weights), np.nan), np.full(len(weights), np.nan)
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # ties count as one threshold
     weights, positive = weights[:, order], positive[order]

@@ -8,7 +8,14 @@ from scipy import stats
 
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics import datasets
-from seqmodels.tasks.genomics.datasets import Augmentation, Stretch, parse_lengths, spaced_windows, training_data
+from seqmodels.tasks.genomics.datasets import (
+    Augmentation,
+    Stretch,
+    parse_lengths,
+    spaced_windows,
+    taken,
+    training_data,
+)
 from seqmodels.tasks.genomics.labelled import load_labelled
 from seqmodels.tasks.genomics.tokens import A, N, T, decode, encode, reverse_complement
 
@@ -316,7 +323,7 @@ def test_one_class_cannot_be_trained(tmp_path):
 def test_windows_are_balanced_and_lie_inside_one_record(long_folder, overlap, length, count):
     records = load_labelled(long_folder, split="train")
     stretches = [Stretch(i, 0, len(t)) for i, t in enumerate(records.tokens)]
-    windows, labels = spaced_windows(records, stretches, length, count, overlap=overlap)
+    windows, labels = taken(records, spaced_windows(records, stretches, length, count, overlap=overlap))
     room = 5  # class a has 2000 bases, class b 1000 + 1500: side by side, 5 windows of 400 fit into each
     assert np.bincount(labels).tolist() == [count if overlap or length == 100 else room] * 3
     texts = [decode(t) for t in records.tokens]

@@ -4,12 +4,15 @@ import os
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import seqmodels
 from seqmodels.errors import InputError
+from seqmodels.tasks.genomics import pictures
 from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.evaluate import evaluate
-from seqmodels.tasks.genomics.metrics import evaluate_scores
+from seqmodels.tasks.genomics.metrics import evaluate_any, evaluate_scores
+from seqmodels.tasks.genomics.pictures import draw
 from seqmodels.tasks.genomics.tokens import encode
 
 LENGTHS = (30, 400, 77, 120, 60, 250)
@@ -40,12 +43,12 @@ def result(path):
     return report["results"]
 
 
-def same_values(found, expected):
+def same_values(found, expected, **budget):
     found, expected = dict(found), dict(expected)
-    assert found.pop("window") is None
+    assert found.pop("window") == expected.get("window")
     assert (found["n"], found["confusion"]) == (expected["n"], expected["confusion"])
     for name, values in expected["metrics"].items():
-        assert found["metrics"][name] == pytest.approx(values)
+        assert found["metrics"][name] == pytest.approx(values, **budget)
     return True
 
 
@@ -66,7 +69,7 @@ def test_every_kind_of_input_gives_the_metrics_of_single_passes(tmp_path, model,
         classify([tmp_path / "x.fa"], model=model, output=tmp_path / kind, device="cpu")
         evaluate(str(tmp_path / kind), labels=tmp_path / "labels.tsv", **arguments)
     (found,) = result(tmp_path / "o.json")
-    assert same_values(found, expected)
+    assert same_values(found, expected, **({"rel": 1e-5} if kind.startswith("p") else {}))  # six digits of a table
     shown = capsys.readouterr().out
     assert f"{expected['metrics']['accuracy']['value']:.3f}" in shown
     assert "95 % interval" in shown
@@ -98,8 +101,8 @@ def test_windows_in_chunks_give_the_same_metrics(tmp_path, model):
     reports = []
     for chunk in (1000, 64):
         evaluate(model, long_records(tmp_path), window="150", output=tmp_path / "o.json", device="cpu", chunk=chunk)
-        reports.append(result(tmp_path / "o.json"))
-    assert reports[0] == reports[1]
+        reports += result(tmp_path / "o.json")
+    assert same_values(reports[1], reports[0], rel=1e-5)
 
 
 def test_rows_without_a_prediction_are_left_out(tmp_path, model, capsys):
@@ -111,6 +114,85 @@ def test_rows_without_a_prediction_are_left_out(tmp_path, model, capsys):
     assert "1 rows without a prediction" in capsys.readouterr().err
 
 
+def test_predictions_of_windows_say_where_they_are_and_give_the_same_metrics_again(tmp_path, model):
+    folder, output, table = long_records(tmp_path), tmp_path / "o.json", tmp_path / "p.tsv"
+    evaluate(model, folder, window="200", windows=3, resamples=5, output=output, predictions=table, device="cpu")
+    (first,) = result(output)
+    rows = [line.split("\t") for line in table.read_text().splitlines()]
+    assert rows[0] == ["record_id", "start", "end", "window", "true", "label", "prob", "p_left", "p_right"]
+    assert len(rows) == 7
+    network, sequences = seqmodels.load(model), {"a": bases(0, 900), "b": bases(1, 700)}
+    for record, start, end, window, true, label, prob, *scores in rows[1:]:
+        assert (true, window, int(end) - int(start)) == ({"a": "left", "b": "right"}[record], "200", 200)
+        ids = torch.from_numpy(encode(sequences[record][int(start) : int(end)].encode()).astype(np.int64))[None]
+        with torch.inference_mode():
+            expected = network(ids).double().softmax(1)[0].tolist()
+        assert [float(score) for score in scores] == pytest.approx(expected, rel=1e-5)
+        assert (label, float(prob)) == (("left", "right")[int(np.argmax(expected))], max(map(float, scores)))
+    evaluate(str(table), resamples=5, output=output)
+    (again,) = result(output)
+    assert same_values(again, {**first, "window": None}, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["multi", "regression"])
+def test_tables_of_several_labels_and_of_numbers_are_evaluated_as_such(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    scores = rng.random((40, 2)).round(3)
+    true = (rng.random((40, 2)) < scores) if kind == "multi" else scores + rng.normal(size=(40, 2)).round(3)
+    start = "p" if kind == "multi" else "value"
+    lines = [f"record_id\t{start}_x\t{start}_y", *(f"r{i}\t{a}\t{b}" for i, (a, b) in enumerate(scores))]
+    (tmp_path / "p.tsv").write_text("\n".join(lines) + "\n")
+    cells = [[str(float(value)) for value in row] for row in true]
+    cells[0][0] = ""  # not known
+    (tmp_path / "l.csv").write_text(
+        "record,label_y,label_x\n" + "".join(f"r{i},{y},{x}\n" for i, (x, y) in enumerate(cells))
+    )
+    known = true.astype(float)
+    known[0, 0] = np.nan
+    options = {"resamples": 20, "output": tmp_path / "o.json"}
+    evaluate(str(tmp_path / "p.tsv"), labels=tmp_path / "l.csv", predictions=tmp_path / "again.csv", **options)
+    (found,) = result(tmp_path / "o.json")
+    expected = evaluate_any(kind, known, scores, resamples=20)
+    for name, values in expected["metrics"].items():
+        assert found["metrics"][name] == pytest.approx(values, nan_ok=True)
+    evaluate(str(tmp_path / "again.csv"), **options)
+    assert result(tmp_path / "o.json") == [found]
+
+
+def test_pictures_are_drawn_of_every_kind_and_length(tmp_path, model):
+    pictures = tmp_path / "pictures"
+    options = {"windows": 4, "resamples": 0, "device": "cpu", "pictures": pictures, "picture_format": "svg"}
+    evaluate(model, long_records(tmp_path), window="50,200", **options)
+    names = {"roc.svg", "precision-recall.svg", "calibration.svg", "confusion.svg"}
+    assert {path.name for path in pictures.iterdir()} == {"window-50", "window-200"}
+    assert {path.name for path in (pictures / "window-200").iterdir()} == names
+    rng = np.random.default_rng(0)
+    for kind, targets, expected in (
+        ("multi", np.array([[0, 1.0], [1, np.nan], [1, 0]]), names - {"confusion.svg"}),  # y is known of two
+        ("multi", np.ones((3, 2)), set()),  # nothing to tell apart
+        ("regression", rng.random((3, 2)), {"scatter.svg"}),
+    ):
+        folder = tmp_path / f"{kind}{len(expected)}"
+        draw(folder, kind, ("x", "y"), targets, rng.random((3, 2)), "three", "svg")
+        assert {path.name for path in folder.iterdir()} == expected
+
+
+def test_curves_have_the_areas_of_the_table_in_their_legend_and_confusion_the_counts(monkeypatch):
+    targets = np.array([0, 0, 1, 1, 2, 2, 0, 1])
+    scores = np.random.default_rng(1).dirichlet(np.ones(3), 8)
+    metrics = evaluate_scores(targets, scores, resamples=0)
+    for maker, name, short in ((pictures._roc, "auroc", "AUC"), (pictures._precision_recall, "auprc", "AP")):
+        maker(figure := Figure(), ("x", "y", "z"), targets, scores)
+        told = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        areas = [own[name]["value"] for own in metrics["per_class"]]
+        assert told == [f"{c} ({short} = {area:.2f})" for c, area in zip("xyz", areas, strict=True)]
+    pictures._confusion(figure := Figure(), ("x", "y", "z"), targets, scores)
+    counts, parts = ([float(text.get_text()) for text in axes.texts] for axes in figure.axes)
+    confusion = np.array(metrics["confusion"])
+    assert counts == confusion.ravel().tolist()
+    assert parts == pytest.approx((confusion / confusion.sum(1, keepdims=True)).ravel(), abs=0.005)
+
+
 PREDICTIONS = "record_id\tlabel\tp_left\tp_right\na\tleft\t0.7\t0.3\n"
 
 
@@ -118,24 +200,26 @@ PREDICTIONS = "record_id\tlabel\tp_left\tp_right\na\tleft\t0.7\t0.3\n"
     ("files", "options", "message"),
     [
         ({}, {"source": "MODEL"}, "name labelled data with --data"),
-        ({}, {"source": "p.tsv"}, "name the table of labels with --labels"),
+        ({"p.tsv": PREDICTIONS}, {"source": "p.tsv"}, "name the table of labels with --labels"),
         ({"l.tsv": "record\tlabel\n"}, {"source": "p.tsv", "labels": "l.tsv"}, "p.tsv does not exist"),
         ({"p.tsv": PREDICTIONS, "l.tsv": "record\tlabel\nb\tleft\n"}, {"source": "p.tsv", "labels": "l.tsv"},
          "no label for record 'a'"),
         ({"p.tsv": PREDICTIONS, "l.tsv": "record\tlabel\na\tup\n"}, {"source": "p.tsv", "labels": "l.tsv"},
-         "label 'up' is not a class of"),
+         "label 'up' of a is not a class of"),
         ({"p.tsv": "a\tb\n1\t2\n", "l.tsv": "record\tlabel\na\tup\n"}, {"source": "p.tsv", "labels": "l.tsv"},
          "lacks the columns record_id"),
         ({"p.tsv": PREDICTIONS.replace("0.7", "x"), "l.tsv": "record\tlabel\na\tleft\n"},
          {"source": "p.tsv", "labels": "l.tsv"}, "a score is no number"),
+        ({"p.tsv": PREDICTIONS.replace("0.7", "1.2"), "l.tsv": "record\tlabel\na\tleft\n"},
+         {"source": "p.tsv", "labels": "l.tsv"}, "a column p_<class> has what is no probability"),
         ({"p.parquet": "no", "l.tsv": "record\tlabel\na\tleft\n"}, {"source": "p.parquet", "labels": "l.tsv"},
          "cannot read"),
         ({"x.csv": "sequence,label\nACGT,up\n"}, {"source": "MODEL", "data": "x.csv"},
          "label 'up' of row_2 is not a class of the model (left, right)"),
         ({"x.csv": "sequence,label\nACGT,left\n"}, {"source": "MODEL", "data": "x.csv", "window": "10"},
          "leave --window out"),
-        ({"x.csv": "sequence,label\nACGT,left\n"}, {"source": "MODEL", "data": "x.csv", "output": "no/o.json"},
-         "cannot write"),
+        *(({"x.csv": "sequence,label\nACGT,left\n"}, {"source": "MODEL", "data": "x.csv", name: "no/o.tsv"},
+           "cannot write") for name in ("output", "predictions")),
         ({}, {"source": "MODEL", "data": "LONG", "window": "5000"}, "class 'left' has no record of 5000 bases"),
         ({}, {"source": "MODEL", "data": "LONG", "split": "dev"}, "no records of the split 'dev'"),
         ({}, {"source": "MODEL", "data": "LONG", "windows": 0}, "windows is 0"),
@@ -150,7 +234,7 @@ def test_bad_input_is_told_in_one_line_and_leaves_no_output(tmp_path, model, fil
         (tmp_path / "long").mkdir()
         options = {**options, "data": long_records(tmp_path / "long")}
         before |= {"long"}
-    paths = {k: tmp_path / v for k, v in options.items() if k in ("data", "labels", "output")}
+    paths = {k: tmp_path / v for k, v in options.items() if k in ("data", "labels", "output", "predictions")}
     source = model if options["source"] == "MODEL" else options["source"]
     with pytest.raises(InputError) as error:
         evaluate(**{"output": tmp_path / "o.json", "device": "cpu", **options, **paths, "source": source})

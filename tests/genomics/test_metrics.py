@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics as sk
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError
 
 from seqmodels.tasks.genomics import metrics
 from seqmodels.tasks.genomics.metrics import METRICS, evaluate_labels, evaluate_scores, evaluate_values
@@ -12,7 +14,9 @@ from seqmodels.tasks.genomics.metrics import METRICS, evaluate_labels, evaluate_
 def sample(seed, n=60, classes=3):
     rng = np.random.default_rng(seed)
     targets = rng.integers(classes, size=n)
-    return targets, np.round(rng.normal(size=(n, classes)) + np.eye(classes)[targets], 1)  # with ties
+    powers = np.exp(np.round(rng.normal(size=(n, 1)) * [1, *[0] * (classes - 1)] + 2 * np.eye(classes)[targets], 1))
+    powers *= np.exp(rng.integers(3, size=(n, classes)))  # with ties
+    return targets, powers / powers.sum(1, keepdims=True)
 
 
 def test_metrics_of_a_table_counted_by_hand():
@@ -28,7 +32,7 @@ def test_metrics_of_a_table_counted_by_hand():
     assert values["auroc"] == pytest.approx(2 / 3)  # one of three negatives is ranked above the positive
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(st.integers(0, 10_000))
 def test_a_resample_has_the_metrics_that_scikit_learn_gives_it(seed):
     targets, scores = sample(seed)
@@ -36,19 +40,55 @@ def test_a_resample_has_the_metrics_that_scikit_learn_gives_it(seed):
     chosen = np.repeat(np.arange(60), weights.astype(int))
     if len(np.unique(targets[chosen])) < 3:
         return
-    predicted = scores.argmax(1)
-    confusion = np.zeros((1, 3, 3))
-    np.add.at(confusion[0], (targets, predicted), weights)
-    found = metrics._from_confusion(confusion, np.arange(3))
-    t, p = targets[chosen], predicted[chosen]
-    assert found["accuracy"][0] == pytest.approx(sk.accuracy_score(t, p))
-    assert found["balanced_accuracy"][0] == pytest.approx(sk.balanced_accuracy_score(t, p))
-    assert found["macro_f1"][0] == pytest.approx(sk.f1_score(t, p, average="macro"))
-    assert found["mcc"][0] == pytest.approx(sk.matthews_corrcoef(t, p))
-    for k in range(3):
-        roc, precision = metrics._weighted_curves(targets == k, scores[:, k], weights[None])
-        assert roc[0] == pytest.approx(sk.roc_auc_score(t == k, scores[chosen, k]))
-        assert precision[0] == pytest.approx(sk.average_precision_score(t == k, scores[chosen, k]))
+    found = {}
+
+    def kept(n, counts, measure, resamples, seed):
+        found["overall"], found["each"] = measure(weights[None])
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_bootstrapped", kept)
+        evaluate_scores(targets, scores)
+    t, p, scores = targets[chosen], scores.argmax(1)[chosen], scores[chosen]
+    overall = found["overall"]
+    assert overall["accuracy"][0] == pytest.approx(sk.accuracy_score(t, p))
+    assert overall["balanced_accuracy"][0] == pytest.approx(sk.balanced_accuracy_score(t, p))
+    assert overall["macro_f1"][0] == pytest.approx(sk.f1_score(t, p, average="macro"))
+    assert overall["mcc"][0] == pytest.approx(sk.matthews_corrcoef(t, p))
+    assert overall["auroc"][0] == pytest.approx(sk.roc_auc_score(t, scores, multi_class="ovr"))
+    assert overall["log_loss"][0] == pytest.approx(sk.log_loss(t, scores))
+    assert overall["brier"][0] == pytest.approx(np.mean(np.square(scores - np.eye(3)[t]).sum(1)))
+    bins = MulticlassCalibrationError(3, n_bins=metrics.BINS)(torch.from_numpy(scores), torch.from_numpy(t))
+    assert overall["ece"][0] == pytest.approx(float(bins))
+    for k, own in enumerate(found["each"]):
+        true, said, score = t == k, p == k, scores[:, k]
+        assert own["accuracy"][0] == pytest.approx(sk.accuracy_score(true, said))
+        assert own["precision"][0] == pytest.approx(sk.precision_score(true, said, zero_division=np.nan), nan_ok=True)
+        assert own["recall"][0] == pytest.approx(sk.recall_score(true, said))
+        assert own["f1"][0] == pytest.approx(sk.f1_score(true, said))
+        assert own["mcc"][0] == pytest.approx(sk.matthews_corrcoef(true, said))
+        assert own["auroc"][0] == pytest.approx(sk.roc_auc_score(true, score))
+        assert own["auprc"][0] == pytest.approx(sk.average_precision_score(true, score))
+        assert own["brier"][0] == pytest.approx(sk.brier_score_loss(true, score))
+        assert own["log_loss"][0] == pytest.approx(sk.log_loss(true, score))
+        bins = BinaryCalibrationError(n_bins=metrics.BINS)(torch.from_numpy(score), torch.from_numpy(true).long())
+        assert own["ece"][0] == pytest.approx(float(bins))
+
+
+def test_two_classes_have_the_squared_error_of_one_of_them():
+    targets, scores = sample(5, classes=2)
+    found = evaluate_scores(targets, scores, resamples=0)
+    expected = pytest.approx(sk.brier_score_loss(targets, scores[:, 1]))
+    assert [found["metrics"]["brier"]["value"]] + [own["brier"]["value"] for own in found["per_class"]] == [
+        expected
+    ] * 3
+    assert [own["n"] for own in found["per_class"]] == np.bincount(targets).tolist()
+
+
+def test_a_certain_mistake_costs_as_much_as_the_smallest_probability():
+    found = evaluate_scores(np.array([0, 1]), np.eye(2)[[0, 0]], resamples=0)["metrics"]
+    assert found["log_loss"]["value"] == pytest.approx(sk.log_loss([0, 1], np.eye(2)[[0, 0]]))
+    assert found["ece"]["value"] == 0.5
 
 
 def test_the_interval_of_an_accuracy_is_the_binomial_one():
@@ -72,10 +112,11 @@ def test_classes_that_do_not_occur_are_left_out_of_the_averages():
     keep = targets < 3
     found = evaluate_scores(targets[keep], scores[keep])
     assert len(found["confusion"]) == 4
-    for name in METRICS:
-        assert (
-            0 < found["metrics"][name]["low"] <= found["metrics"][name]["value"] <= found["metrics"][name]["high"] < 1
-        )
+    values = [found["metrics"][name] for name in METRICS if name != "ece"]  # a resample's bins are emptier: larger
+    values += [found["per_class"][k][name] for k in range(3) for name in ("recall", "f1", "auroc", "log_loss")]
+    assert all(0 < own["low"] <= own["value"] <= own["high"] < 2 for own in values)
+    assert found["per_class"][3]["n"] == 0
+    assert found["per_class"][3]["auroc"] == {"value": None, "low": None, "high": None}
 
 
 def test_one_class_alone_leaves_rankings_undefined():
@@ -84,13 +125,18 @@ def test_one_class_alone_leaves_rankings_undefined():
     assert found["auroc"] == {"value": None, "low": None, "high": None}
 
 
+def values_of(found):
+    """The values of each class, and its n."""
+    return [{k: v if k == "n" else v["value"] for k, v in own.items()} for own in found["per_class"]]
+
+
 def test_metrics_of_several_labels_and_of_numbers_are_those_of_scikit_learn_and_scipy():
     rng = np.random.default_rng(1)
     labels = (rng.random((80, 3)) < 0.4).astype(float)
     scores = np.clip(0.3 * labels + 0.7 * rng.random(labels.shape), 0, 1).round(2)  # with ties
     labels[rng.random(labels.shape) < 0.1] = np.nan
     found = evaluate_labels(labels, scores, resamples=0)
-    for k, own in enumerate(found["labels"]):
+    for k, own in enumerate(values_of(found)):
         known = ~np.isnan(labels[:, k])
         true, score = labels[known, k] > 0.5, scores[known, k]
         assert own["accuracy"] == pytest.approx(sk.accuracy_score(true, score >= 0.5))
@@ -98,18 +144,23 @@ def test_metrics_of_several_labels_and_of_numbers_are_those_of_scikit_learn_and_
         assert own["mcc"] == pytest.approx(sk.matthews_corrcoef(true, score >= 0.5))
         assert own["auroc"] == pytest.approx(sk.roc_auc_score(true, score))
         assert own["auprc"] == pytest.approx(sk.average_precision_score(true, score))
-    assert found["metrics"]["mcc"]["value"] == pytest.approx(np.mean([own["mcc"] for own in found["labels"]]))
+        assert own["brier"] == pytest.approx(sk.brier_score_loss(true, score))
+        assert own["log_loss"] == pytest.approx(sk.log_loss(true, score))
+        assert own["n"] == true.sum()
+    assert found["metrics"]["mcc"]["value"] == pytest.approx(np.mean([own["mcc"] for own in values_of(found)]))
     values = rng.normal(size=(80, 2)) * (1, 100)
     said = (values + rng.normal(size=(80, 2)) * (1, 50)).round(1)
     values[:5, 1] = np.nan
     found = evaluate_values(values, said, resamples=0)
-    for k, own in enumerate(found["labels"]):
+    for k, own in enumerate(values_of(found)):
         known = ~np.isnan(values[:, k])
         true, guess = values[known, k], said[known, k]
         assert own["pearson"] == pytest.approx(scipy.stats.pearsonr(true, guess)[0])
         assert own["spearman"] == pytest.approx(scipy.stats.spearmanr(true, guess)[0])
         assert own["r2"] == pytest.approx(sk.r2_score(true, guess))
         assert own["rmse"] == pytest.approx(sk.root_mean_squared_error(true, guess))
+        assert own["mae"] == pytest.approx(sk.mean_absolute_error(true, guess))
+        assert own["n"] == known.sum()
 
 
 def test_intervals_of_labels_and_numbers_are_those_of_resampling_rows():
@@ -123,7 +174,7 @@ def test_intervals_of_labels_and_numbers_are_those_of_resampling_rows():
         assert found[name]["low"] == pytest.approx(low, abs=0.06)
         assert found[name]["high"] == pytest.approx(high, abs=0.06)
     labels = (values > 0).astype(float)
-    found = evaluate_labels(labels, said, resamples=200)["metrics"]
+    found = evaluate_labels(labels, 1 / (1 + np.exp(0.5 - said)), resamples=200)["metrics"]
     low, high = np.percentile([sk.f1_score(labels[p, 0], said[p, 0] >= 0.5) for p in places], (2.5, 97.5))
     assert found["f1"]["low"] == pytest.approx(low, abs=0.06)
     assert found["f1"]["high"] == pytest.approx(high, abs=0.06)
