@@ -10,6 +10,7 @@ from seqmodels.config import (
     ConvConfig,
     Mamba2Config,
     MambaConfig,
+    MixerConfig,
     MultiscaleConfig,
     RNNConfig,
     StageConfig,
@@ -65,22 +66,27 @@ def caduceus(
     return dataclasses.replace(backbone, strands=strands, residual_in_fp32=False)
 
 
-def multiscale_mamba2(
+def multiscale(
     widths: tuple[int, ...] = (128, 192, 256),
     depths: tuple[int, ...] = (4, 4, 6),
     pools: tuple[int, ...] = (4, 4),
     *,
+    outer: MixerConfig = Mamba2Config(d_state=64),  # noqa: B008  # frozen
+    centre: MixerConfig | None = None,
+    mlp_expand: float = 0.0,
     dropout: float = 0.0,
-    **mixer: Any,
 ) -> MultiscaleConfig:
-    """A U-Net of Mamba-2 blocks: `depths` blocks on the way down and again on the way up, the last at the centre."""
-    block = Mamba2Config(**{"d_state": 64, **mixer})
+    """A causal U-Net as SaShiMi: `depths` blocks on the way down and again on the way up, the last at the centre.
+
+    `centre` is the mixer of the coarsest stage, by default that of all others, `outer`. The Mamba paper's Table 5
+    compares such pairs.
+    """
     fine = [
-        StageConfig(d_model=width, down=(block,) * depth, up=(block,) * depth, pool=pool)
+        StageConfig(d_model=width, down=(outer,) * depth, up=(outer,) * depth, pool=pool)
         for width, depth, pool in zip(widths[:-1], depths[:-1], pools, strict=True)
     ]
-    centre = StageConfig(d_model=widths[-1], down=(block,) * depths[-1])
-    return MultiscaleConfig(stages=(*fine, centre), dropout=dropout)
+    last = StageConfig(d_model=widths[-1], down=(centre or outer,) * depths[-1])
+    return MultiscaleConfig(stages=(*fine, last), mlp_expand=mlp_expand, dropout=dropout)
 
 
 def _flat(

@@ -122,8 +122,8 @@ class TrainingConfig:
     "How several devices share: ddp (also auto) copies the model to each; fsdp2 splits weights and optimizer state too."
     num_workers: int = 0
     "Processes that prepare batches; 0 means the training process itself."
-    keep: Literal["best", "last"] = "best"
-    "Weights to export: those with the best validation loss, or the last ones."
+    keep: Literal["best", "last", "both"] = "best"
+    "Weights to export: those with the best validation loss, the last ones, or both: to run/model and run/last."
     weights: Literal["float32", "bfloat16"] = "float32"
     "Number format of the weights in the exported model."
     resume: bool = False
@@ -151,6 +151,8 @@ def fit(
     tune: Tune = "full",
 ) -> Path:
     """Train a model and return the folder run/model of the weights with the best validation loss (or the last).
+
+    With `keep` "both", run/last holds the last ones.
 
     `start_from` is a checkpoint (name or folder) whose tensors are taken over where name and shape agree. With `tune`
     "head" the backbone stays as it is there, and only the head learns.
@@ -211,13 +213,15 @@ def fit(
         trainer.fit(task, ckpt_path=last, weights_only=True if last else None)
     if not trainer.is_global_zero:
         return run / "model"
-    kept_weights = torch.load(run / "checkpoints" / f"{training.keep}.ckpt", map_location="cpu", weights_only=True)
-    prefix = "model."
-    model = build(config)
-    model.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in kept_weights["state_dict"].items() if k.startswith(prefix)}
-    )
-    return save(model, run / "model", card=card or None, dtype=getattr(torch, training.weights))
+    model, prefix = build(config), "model."
+    exports = [("last", "last"), ("best", "model")] if training.keep == "both" else [(training.keep, "model")]
+    for name, folder in exports:
+        weights = torch.load(run / "checkpoints" / f"{name}.ckpt", map_location="cpu", weights_only=True)
+        model.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in weights["state_dict"].items() if k.startswith(prefix)}
+        )
+        save(model, run / folder, card=card or None, dtype=getattr(torch, training.weights))
+    return run / "model"
 
 
 def first_process() -> bool:

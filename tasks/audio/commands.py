@@ -132,6 +132,7 @@ def evaluate(
     validation: str | None = None,
     split_seed: int = 0,
     conditions: str = "",
+    text: str | None = None,
     labels: bool = True,
     output: Path | None = None,
     batch_tokens: int = 65536,
@@ -149,6 +150,7 @@ def evaluate(
             split=validation if the table has such rows, else 0.1.
         split_seed: Seed of the fractions above.
         conditions: Columns of the model's conditions, as name=column,...; by default found by their values.
+        text: Column of the text that the model is told, if it was trained with text.
         labels: Whether the model is told the labels.
         output: JSON file to write the results to.
         batch_tokens: Positions that go through the model at a time.
@@ -158,9 +160,9 @@ def evaluate(
 
     import seqmodels
     from seqmodels.checkpoint import choose_device
-    from seqmodels.tasks.audio.datasets import tokenise
+    from seqmodels.tasks.audio.datasets import lay_out
     from seqmodels.tasks.audio.evaluate import as_table, report, score
-    from seqmodels.tasks.audio.tables import match_conditions, open_recordings, split_rows, split_rules
+    from seqmodels.tasks.audio.tables import match_conditions, open_recordings, split_rows, split_rules, texts_of
     from seqmodels.tasks.audio.waveform import mu_law_of
 
     if output is not None and not output.parent.is_dir():
@@ -181,14 +183,15 @@ def evaluate(
     rows = recordings.rows[chosen]
     ids = match_conditions(rows, network.config.conditions, conditions)
     told = ids if labels else np.tile([len(c.values) for c in network.config.conditions], (len(ids), 1))
-    stream = tokenise(recordings.select(chosen).read(mu_law.sample_rate), mu_law)
+    waves, texts = recordings.select(chosen).read(mu_law.sample_rate), texts_of(rows, text)
+    clips = lay_out(waves, mu_law, labels=told.reshape(ids.shape), texts=texts)
     with _progress(len(chosen), "clips") as bar:
-        scores = score(network, stream, told.reshape(ids.shape), batch_tokens=batch_tokens, progress=bar.update)
+        scores = score(network, clips, batch_tokens=batch_tokens, progress=bar.update)
     results = report(scores, network.config.conditions, ids)
     print(as_table(results))
     if output is not None:
         facts = {"model": model, "weights_sha256": weights_sha256(model), "data": str(data), "split": split}
-        write_json(output, facts | {"labels_told": labels} | results | {"versions": versions()})
+        write_json(output, facts | {"labels_told": labels, "text_told": text} | results | {"versions": versions()})
 
 
 def parse_labels(text: str, labels: dict[str, str]) -> dict[str, str]:

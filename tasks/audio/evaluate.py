@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from seqmodels.config import ConditionConfig
-from seqmodels.tasks.audio.datasets import IGNORED, TokenStream, batches
+from seqmodels.tasks.audio.datasets import IGNORED, Clips, batches
 
 
 @dataclass(frozen=True)
@@ -36,33 +36,32 @@ class Scores:
 @torch.inference_mode()
 def score(
     model: Any,
-    stream: TokenStream,
-    conditions: np.ndarray,
+    clips: Clips,
     *,
     batch_tokens: int = 65536,
     progress: Any = lambda n: None,
 ) -> Scores:
-    """Scores of every clip as recorded, with labels `conditions` (clips, n), on the device of the model.
+    """Scores of every clip as recorded, told its labels and its text, on the device of the model.
 
     Clips of similar length go through the model together, at most `batch_tokens` positions at a time; longer ones in
     chunks with the state handed on, so that any length fits.
     """
     device = next(model.parameters()).device
-    end = model.config.tokenizer["levels"] + 1
-    bits, end_bits = np.zeros(stream.clips), np.zeros(stream.clips)
-    for batch in batches(stream, conditions, batch_tokens, longest=None):
-        clips = batch["clips"].numpy()
+    end = clips.mu_law.eos
+    bits, end_bits = np.zeros(len(clips)), np.zeros(len(clips))
+    for batch in batches(clips, batch_tokens, longest=None):
+        rows = batch["clips"].numpy()
         labels = batch["conditions"].to(device) if "conditions" in batch else None
-        state, chunk = None, max(1, batch_tokens // len(clips))
+        state, chunk = None, max(1, batch_tokens // len(rows))
         for ids, targets in zip(batch["ids"].split(chunk, 1), batch["targets"].split(chunk, 1), strict=True):
             ids, targets = ids.to(device), targets.to(device)
             logits, state = model(ids, state, conditions=labels)
             nats = F.cross_entropy(logits.float().mT, targets, ignore_index=IGNORED, reduction="none")
             in_bits = nats.double() / math.log(2)
-            bits[clips] += in_bits.masked_fill(targets == end, 0).sum(1).cpu().numpy()
-            end_bits[clips] += in_bits.masked_fill(targets != end, 0).sum(1).cpu().numpy()
-        progress(len(clips))
-    return Scores(bits, stream.lengths[0] - 1, end_bits)
+            bits[rows] += in_bits.masked_fill(targets == end, 0).sum(1).cpu().numpy()
+            end_bits[rows] += in_bits.masked_fill(targets != end, 0).sum(1).cpu().numpy()
+        progress(len(rows))
+    return Scores(bits, clips.lengths[0] - 1, end_bits)
 
 
 def report(scores: Scores, conditions: Sequence[ConditionConfig], ids: np.ndarray) -> dict[str, Any]:

@@ -169,6 +169,11 @@ def condition_ids(rows: pl.DataFrame, condition: ConditionConfig, column: str) -
     return np.array([ids[cell] for cell in cells], dtype=np.int64)
 
 
+def texts_of(rows: pl.DataFrame, column: str | None) -> list[str | None]:
+    """The text of each row; None where the cell is empty, or for all if there is no column."""
+    return [None] * rows.height if column is None else _column(rows, column, "--text").to_list()
+
+
 def split_rows(rows: pl.DataFrame, *, test: str, validation: str, seed: int = 0) -> dict[str, np.ndarray]:
     """Row numbers of "train", "validation" and "test": disjoint, each in the table's order.
 

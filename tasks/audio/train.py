@@ -1,4 +1,4 @@
-"""Train a generative model of recordings: a U-Net of Mamba-2 blocks over mu-law samples, told the labels."""
+"""Train models of recordings over mu-law samples: generative ones, told labels or text, and classifiers."""
 
 import sys
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from seqmodels.config import ConditionConfig, HeadConfig, ModelConfig, MultiscaleConfig
+from seqmodels.config import BackboneConfig, ConditionConfig, HeadConfig, ModelConfig, MultiscaleConfig
 from seqmodels.errors import InputError
 from seqmodels.heads import build
-from seqmodels.presets import multiscale_mamba2
-from seqmodels.tasks.audio.datasets import ClipData, tokenise
-from seqmodels.tasks.audio.tables import open_recordings, parse_conditions, split_rows, split_rules
+from seqmodels.tasks.audio.backbones import Block, choose_backbone
+from seqmodels.tasks.audio.datasets import ClipData, LabelData, lay_out
+from seqmodels.tasks.audio.tables import open_recordings, parse_conditions, split_rows, split_rules, texts_of
 from seqmodels.tasks.audio.waveform import MuLaw
 from seqmodels.training import TrainingConfig, first_process, fit
 
-SPEEDS = (94, 97, 103, 106)  # percent of the recorded speed, pitch included
+TEXT_MULTIPLE = 16  # tokens of text are a multiple of this, so that prompts may be a little longer than those known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class DataConfig:
     'CSV table with a column "file" and labels; by default metadata.csv in the folder or beside the zip.'
     conditions: str = ""
     "Labels that the model is told: columns of the table, as column,... or name=column,..."
+    text: str | None = None
+    "Column of a text that the model is told, so that words can be a prompt; the loss is of the sound alone."
     test: str | None = None
     "Recordings left out: a rule column=value,value or a fraction; by default split=test if there is such a column."
     validation: str | None = None
@@ -34,15 +36,28 @@ class DataConfig:
     sample_rate: int = 8000
     "Hz; recordings at another rate are resampled."
     batch_tokens: int = 131072
-    "Samples per batch, padding included."
-    speed_change: bool = True
-    "Whether half of the clips are taken up to 6 % slower or faster."
+    "Samples per batch, padding and text included."
+    speed_change: int = 6
+    "Percent by which half of the clips are slower or faster at most, pitch included; 0 means none."
     flip: bool = False
     "Whether half of the clips change their sign."
+    quieter: float = 0.0
+    "Decibels by which a clip gets quieter at most, at random; as recorded, its peak is brought to 0.95."
+    silence: float = 0.0
+    "Seconds of silence before a clip at most, at random."
     label_dropout: float = 0.1
-    "Probability with which each label is withheld, so that the model can also do without."
+    """Probability with which each label is withheld, or the text, and again that of withholding all at once, so that
+    the model can also do without (as --guidance needs)."""
     seed: int = 0
-    "Seed of the split, the order, the variants and the withheld labels."
+    "Seed of the split, the order, the variations and what is withheld."
+
+    def __post_init__(self) -> None:
+        for name, value, most in (("speed_change", self.speed_change, 50), ("label_dropout", self.label_dropout, 1)):
+            if not 0 <= value <= most:
+                raise InputError(f"{name} is {value}; expected 0 to {most}")
+        for name, value in (("quieter", self.quieter), ("silence", self.silence)):
+            if not 0 <= value <= 60:
+                raise InputError(f"{name} is {value}; expected 0 to 60")
 
 
 CLIPS = DataConfig()
@@ -53,79 +68,125 @@ def train(
     data: Path,
     run: Path,
     *,
+    classify: str | None = None,
     clips: DataConfig = CLIPS,
     training: TrainingConfig = RECIPE,
     widths: tuple[int, ...] = (128, 192, 256),
     depths: tuple[int, ...] = (4, 4, 6),
     pools: tuple[int, ...] = (4, 4),
-    d_state: int = 64,
+    outer: Block = "mamba2",
+    centre: Block | None = None,
+    bidirectional: bool = False,
+    d_state: int | None = None,
     head_dim: int = 64,
+    heads: int = 4,
+    window: int = 0,
+    mlp_expand: float = 0.0,
     dropout: float = 0.1,
 ) -> None:
-    """Train a model that generates sound like some recordings, told their labels.
+    """Train a model that generates sound like some recordings, or with --classify one that tells their label.
 
-    The model is a causal U-Net of Mamba-2 blocks over single samples; run/model is the result.
+    The model is a causal U-Net over single samples (SaShiMi's shape), told labels (--clips.conditions), a text
+    (--clips.text) or nothing. With one width it is a flat stack of blocks; a classifier's may then read both ways.
+    run/model is the result.
 
     Args:
         data: A folder or zip of recordings, with a table of labels if there are any.
         run: Folder for checkpoints, logs and the model.
+        classify: Column of the label that a classifier is to tell; without, the model generates.
         clips: Which recordings, which labels, and how batches are made.
         training: How to train.
         widths: Width of each stage of the U-Net, the finest first.
         depths: Blocks of each stage: on the way down and again on the way up; the last stage is the centre.
-        pools: Steps of each stage that make one step of the next.
-        d_state: State size of the blocks.
-        head_dim: Head size of the blocks; must divide twice every width.
+        pools: Steps of each stage that make one step of the next; [] for a flat stack.
+        outer: Kind of block: mamba2, mamba, s4d (S4D-Lin), s4d-inv, s4d-real, or attention.
+        centre: Kind of block at the coarsest stage, if it is another.
+        bidirectional: Whether the blocks of a flat classifier read both ways.
+        d_state: State size of the blocks; by default 16 for mamba, else 64.
+        head_dim: Head size of mamba2's blocks; must divide twice every width.
+        heads: Heads of attention; must divide its widths into even sizes.
+        window: Steps of its stage that attention sees; 0 means all.
+        mlp_expand: Hidden width of a gated MLP after each block, in units of the width; 0 means none.
         dropout: Dropout while training.
     """
-    if not len(widths) == len(depths) == len(pools) + 1:
-        raise InputError(
-            f"{len(widths)} widths, {len(depths)} depths and {len(pools)} pools do not fit together; "
-            "give as many depths as widths and one pool fewer"
-        )
-    examples, conditions, mu_law = load_data(data, clips)
-    backbone = multiscale_mamba2(widths, depths, pools, dropout=dropout, d_state=d_state, head_dim=head_dim)
-    config = model_config(backbone, conditions, mu_law)
+    backbone = choose_backbone(
+        widths, depths, pools, outer=outer, centre=centre, d_state=d_state, head_dim=head_dim, heads=heads,
+        window=window, mlp_expand=mlp_expand, dropout=dropout, bidirectional=bidirectional,
+    )  # fmt: skip
+    examples, conditions, mu_law = load_data(data, clips, classify)
+    config = model_config(backbone, conditions, mu_law, classify=classify is not None)
     build(config)  # refuses sizes that do not fit before anything is written
-    counts = f"{examples.train.clips} clips to train on, {examples.validation.clips} to validate"
-    labels = ", ".join(f"{c.name} ({len(c.values)})" for c in conditions) or "none"
     if first_process():
-        print(f"{counts}; labels: {labels}; {examples.steps_per_epoch()} batches per epoch", file=sys.stderr)
-    folder = fit(config, examples, training, run)
+        counts = f"{len(examples.train)} clips to train on, {len(examples.validation)} to validate"
+        labels = ", ".join(f"{c.name} ({len(c.values)})" for c in conditions) or "none"
+        text = f"; text: {clips.text}, at most {mu_law.text} bytes" if mu_law.text else ""
+        print(f"{counts}; labels: {labels}{text}; {examples.steps_per_epoch()} batches per epoch", file=sys.stderr)
+    folder = fit(config, examples if classify is None else LabelData(examples), training, run)
     if first_process():
         print(folder)
 
 
-def load_data(folder: Path, config: DataConfig) -> tuple[ClipData, tuple[ConditionConfig, ...], MuLaw]:
-    """Training data, the conditions found in its table, and its tokens, from a folder or zip of recordings."""
+def load_data(
+    folder: Path, config: DataConfig, classify: str | None = None
+) -> tuple[ClipData, tuple[ConditionConfig, ...], MuLaw]:
+    """Training data, the conditions found in its table, and its tokens, from a folder or zip of recordings.
+
+    With `classify` the one condition is the label to be told, which every clip has.
+    """
     recordings = open_recordings(folder, config.table)
-    conditions, ids = parse_conditions(recordings.rows, config.conditions)
+    if classify is not None and (config.conditions or config.text):
+        raise InputError("a classifier is told nothing; leave out --clips.conditions and --clips.text")
+    conditions, ids = parse_conditions(recordings.rows, config.conditions if classify is None else classify)
+    if classify is not None:
+        if len(conditions) != 1 or len(conditions[0].values) < 2:
+            raise InputError(f"--classify is {classify!r}; expected one column of at least two labels")
+        known = np.flatnonzero(ids[:, 0] < len(conditions[0].values))
+        recordings, ids = recordings.select(known), ids[known]
     rules = split_rules(recordings.rows, config.test, config.validation)
     parts = split_rows(recordings.rows, **rules, seed=config.seed)
     if len(parts["validation"]) == 0:
         raise InputError(f"validation {rules['validation']!r} leaves no recordings to validate on; take a larger part")
-    mu_law = MuLaw(sample_rate=config.sample_rate)
-    train = recordings.select(parts["train"]).read(config.sample_rate)
-    validation = recordings.select(parts["validation"]).read(config.sample_rate)
+    texts = texts_of(recordings.rows, config.text)
+    longest = max(len((text or "").strip().encode()) for text in texts)
+    mu_law = MuLaw(sample_rate=config.sample_rate, text=-(-longest // TEXT_MULTIPLE) * TEXT_MULTIPLE)
+    tempo = {config.speed_change, config.speed_change // 2} - {0}
+    speeds = {"train": sorted(100 + sign * percent for percent in tempo for sign in (-1, 1)), "validation": []}
+    clips = {
+        name: lay_out(
+            recordings.select(parts[name]).read(config.sample_rate),
+            mu_law,
+            speeds=speeds[name],
+            labels=ids[parts[name]],
+            texts=[texts[row] for row in parts[name]],
+        )
+        for name in ("train", "validation")
+    }
     data = ClipData(
-        train=tokenise(train, mu_law, speeds=SPEEDS if config.speed_change else (), flip=config.flip),
-        train_conditions=ids[parts["train"]],
-        validation=tokenise(validation, mu_law),
-        validation_conditions=ids[parts["validation"]],
+        **clips,
         not_given=np.array([len(condition.values) for condition in conditions], dtype=np.int64),
         batch_tokens=config.batch_tokens,
         seed=config.seed,
-        label_dropout=config.label_dropout,
+        label_dropout=0.0 if classify else config.label_dropout,
+        flip=config.flip,
+        quieter=config.quieter,
+        silence=round(config.silence * config.sample_rate),
     )
     return data, conditions, mu_law
 
 
-def model_config(backbone: MultiscaleConfig, conditions: tuple[ConditionConfig, ...], mu_law: MuLaw) -> ModelConfig:
-    """The model of sound over a backbone."""
+def model_config(
+    backbone: MultiscaleConfig | BackboneConfig,
+    conditions: tuple[ConditionConfig, ...],
+    mu_law: MuLaw,
+    *,
+    classify: bool = False,
+) -> ModelConfig:
+    """The model of sound over a backbone, told the conditions; or a classifier of the first one."""
+    head = HeadConfig(task="sequence", labels=conditions[0].values) if classify else HeadConfig(task="next_token")
     return ModelConfig(
         vocab_size=mu_law.vocab_size,
         backbone=backbone,
-        head=HeadConfig(task="next_token"),
-        conditions=conditions,
+        head=head,
+        conditions=() if classify else conditions,
         tokenizer=mu_law.to_dict(),
     )

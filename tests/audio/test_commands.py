@@ -16,9 +16,9 @@ import torch
 
 import seqmodels
 from seqmodels.cli import main
-from seqmodels.config import ConditionConfig
+from seqmodels.config import ConditionConfig, Mamba2Config
 from seqmodels.errors import InputError
-from seqmodels.presets import multiscale_mamba2
+from seqmodels.presets import multiscale
 from seqmodels.tasks.audio import commands
 from seqmodels.tasks.audio.picture import spectrogram
 from seqmodels.tasks.audio.train import DataConfig, load_data, model_config, train
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory):
     """A tiny U-Net with random weights."""
     torch.set_num_threads(1)
     conditions = (ConditionConfig(name="digit", values=WORDS), ConditionConfig(name="speaker", values=SPEAKERS))
-    backbone = multiscale_mamba2((16, 16), (1, 1), (4,), d_state=8, head_dim=8)
+    backbone = multiscale((16, 16), (1, 1), (4,), outer=Mamba2Config(d_state=8, head_dim=8))
     folder = tmp_path_factory.mktemp("model")
     seqmodels.save(seqmodels.build(model_config(backbone, conditions, MuLaw()), seed=0), folder)
     return str(folder)
@@ -161,7 +161,7 @@ def test_a_bad_recording_as_prompt_is_refused_and_writes_nothing(make, tmp_path,
 def test_a_model_that_is_not_of_sound_is_refused(tmp_path):
     config = seqmodels.ModelConfig(
         vocab_size=6,
-        backbone=multiscale_mamba2((16, 16), (1, 1), (4,), d_state=8, head_dim=8),
+        backbone=multiscale((16, 16), (1, 1), (4,), outer=Mamba2Config(d_state=8, head_dim=8)),
         head=seqmodels.config.HeadConfig(task="next_token"),
         tokenizer={"type": "dna"},
     )
@@ -247,9 +247,29 @@ def test_training_on_a_folder_leads_to_a_model_that_knows_its_labels_and_learns(
     assert json.loads((tmp_path / "bits.json").read_text())["bits_per_sample"] < 7.5
 
 
+TINY = "--training.max-steps 2 --training.validate-every 2 --training.device cpu --training.ema-decay 0 --d-state 8 "
+TINY += "--widths [16,16] --depths [1,1] --pools [4] --head-dim 8 --clips.validation 0.25 --clips.batch-tokens 4096 "
+
+
+def test_a_model_of_text_is_trained_and_told_the_words_of_a_column(sounds, tmp_path, capsys):
+    flags = "--clips.text word --outer s4d --centre attention --heads 2 --training.keep both --clips.silence 0.01"
+    assert main(["audio", "train", str(sounds), str(tmp_path / "run"), *(TINY + flags).split()]) == 0
+    model = seqmodels.load(capsys.readouterr().out.strip())
+    assert (model.config.tokenizer["text"], model.config.vocab_size) == (16, 258 + 256)
+    last = seqmodels.load(tmp_path / "run" / "last")
+    assert last.config == model.config
+    bits = []
+    for text in ("word", "speaker", None):
+        commands.evaluate(sounds, model=str(tmp_path / "run" / "model"), text=text, output=tmp_path / "bits.json")
+        bits.append(json.loads((tmp_path / "bits.json").read_text())["bits_per_sample"])
+    assert len(set(bits)) == 3
+    with pytest.raises(InputError, match="the column 'mood'"):
+        train(sounds, tmp_path / "other", clips=DataConfig(text="mood"))
+
+
 def test_no_test_or_validation_recording_is_trained_on(sounds):
     data, conditions, _ = load_data(sounds, DataConfig(conditions="digit=word", validation="0.25"))
-    assert (data.train.clips, data.validation.clips) == (6, 2)
+    assert (len(data.train), len(data.validation)) == (6, 2)
     trained, kept = ({int(n) for n in part.lengths[0]} for part in (data.train, data.validation))
     tested = {600 + 50 * i + 1 for i in range(4)}
     assert len(trained | kept | tested) == 12  # every recording has another length
@@ -261,6 +281,12 @@ def test_stage_sizes_that_do_not_fit_together_are_refused_before_anything_is_wri
         train(sounds, tmp_path / "run", widths=(16, 16), depths=(1,), pools=(4,))
     with pytest.raises(InputError, match="head_dim"):
         train(sounds, tmp_path / "run", widths=(20, 20), depths=(1, 1), pools=(4,))
+    with pytest.raises(InputError, match="a U-Net is causal"):
+        train(sounds, tmp_path / "run", bidirectional=True)
+    with pytest.raises(InputError, match="name it with --outer"):
+        train(sounds, tmp_path / "run", widths=(20,), depths=(1,), pools=(), centre="mamba")
+    with pytest.raises(InputError, match="label_dropout is 2"):
+        DataConfig(label_dropout=2.0)
     assert not (tmp_path / "run").exists()
 
 

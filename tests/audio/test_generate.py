@@ -10,7 +10,7 @@ from seqmodels.config import ConditionConfig, HeadConfig, Mamba2Config, ModelCon
 from seqmodels.errors import InputError
 from seqmodels.heads import build
 from seqmodels.sampling import Sampling, draw, prefill
-from seqmodels.tasks.audio.datasets import tokenise
+from seqmodels.tasks.audio.datasets import lay_out
 from seqmodels.tasks.audio.evaluate import score
 from seqmodels.tasks.audio.generate import generate, label_ids, prompt_labels
 from seqmodels.tasks.audio.waveform import MuLaw
@@ -175,9 +175,9 @@ def test_bits_of_generated_sound_are_the_bits_that_evaluation_finds(model):
         talker = with_end_bias(model, bias)
         made = generate(talker, labels=labels, seconds=0.15, number=3, batch=3, sampling=Sampling(0.8, top_k=200))
         for tokens, bits in zip(made.tokens, made.bits_per_sample, strict=True):
-            stream = tokenise([np.zeros(len(tokens), np.float32)], MU_LAW)
-            stream.stream[1:-1] = tokens
-            scores = score(talker, stream, label_ids(CONDITIONS, labels).numpy(), batch_tokens=300)
+            clips = lay_out([np.zeros(len(tokens), np.float32)], MU_LAW, labels=label_ids(CONDITIONS, labels).numpy())
+            clips.samples[1:-1] = MU_LAW.decode(tokens)
+            scores = score(talker, clips, batch_tokens=300)
             assert bits == pytest.approx(scores.bits_per_sample(), abs=1e-4)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import seqmodels
 from seqmodels import presets
-from seqmodels.config import ConditionConfig, HeadConfig, ModelConfig, from_dict, to_dict
+from seqmodels.config import ConditionConfig, HeadConfig, Mamba2Config, ModelConfig, from_dict, to_dict
 from seqmodels.errors import InputError
 
 SEQUENCE = HeadConfig(task="sequence", labels=("a", "b"))
@@ -25,7 +25,7 @@ MODELS = {
     ),
     "u-net": ModelConfig(
         vocab_size=9,
-        backbone=presets.multiscale_mamba2((16, 24), (1, 1), (4,), head_dim=8, d_state=4),
+        backbone=presets.multiscale((16, 24), (1, 1), (4,), outer=Mamba2Config(head_dim=8, d_state=4)),
         head=HeadConfig(task="next_token"),
         conditions=(ConditionConfig(name="digit", values=("zero", "one")),),
         tokenizer={"type": "mu_law", "sample_rate": 8000},

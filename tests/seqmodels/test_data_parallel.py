@@ -20,7 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from seqmodels import presets
 from seqmodels.cli import main
-from seqmodels.config import HeadConfig, ModelConfig
+from seqmodels.config import HeadConfig, Mamba2Config, ModelConfig
 from seqmodels.errors import InputError
 from seqmodels.training import TrainingConfig, as_started, fit
 
@@ -222,7 +222,9 @@ def test_dropout_is_seeded_apart_for_every_batch_and_stretch(runs, name):
             "an RNN cannot share a sequence",
         ),
         (
-            dataclasses.replace(CONFIG, backbone=presets.multiscale_mamba2((16, 24), (1, 1), (4,), head_dim=8)),
+            dataclasses.replace(
+                CONFIG, backbone=presets.multiscale((16, 24), (1, 1), (4,), outer=Mamba2Config(head_dim=8))
+            ),
             {"devices": 2, "sequence_parallel": 2},
             "a U-Net pools steps across stretches",
         ),

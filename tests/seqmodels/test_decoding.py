@@ -17,7 +17,7 @@ from seqmodels.config import (
 )
 from seqmodels.decoding import Decoder, _map, _own_copy
 from seqmodels.mixers import OwnState
-from seqmodels.presets import multiscale_mamba2
+from seqmodels.presets import multiscale
 
 MIXERS = {
     "mamba": MambaConfig(d_state=8),
@@ -46,7 +46,7 @@ MODELS["k-mers"] = lambda: language_model(MIXERS["mamba2"], kmer=KmerConfig(k=3,
 MODELS["s4d"] = lambda: language_model(S4DConfig(d_state=8), S4DConfig(d_state=3, initialisation="real"))
 MODELS["attention"] = lambda: language_model(MIXERS["mamba2"], AttentionConfig(num_heads=2))
 MODELS["u-net"] = lambda: language_model(
-    backbone=multiscale_mamba2((16, 24, 32), (1, 1, 2), (4, 3), head_dim=8, d_state=4)
+    backbone=multiscale((16, 24, 32), (1, 1, 2), (4, 3), outer=Mamba2Config(head_dim=8, d_state=4))
 )
 
 

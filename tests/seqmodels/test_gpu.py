@@ -36,7 +36,7 @@ BACKBONES = {
     "mamba": lambda: presets.mamba(64, 2),
     "mamba2": lambda: presets.mamba2(64, 2, head_dim=32, d_state=16),
     "s4d": lambda: BackboneConfig(d_model=64, layers=(S4DConfig(), S4DConfig(initialisation="real", d_state=16))),
-    "u-net": lambda: presets.multiscale_mamba2((32, 48, 64), (1, 1, 1), (4, 4), head_dim=16, d_state=8),
+    "u-net": lambda: presets.multiscale((32, 48, 64), (1, 1, 1), (4, 4), outer=Mamba2Config(head_dim=16, d_state=8)),
 }
 
 pytestmark = [

@@ -20,7 +20,7 @@ from seqmodels.config import (
     S4DConfig,
 )
 from seqmodels.errors import InputError
-from seqmodels.presets import multiscale_mamba2
+from seqmodels.presets import multiscale
 
 small = {"d_state": 4, "d_conv": 3}
 CAUSAL = {
@@ -64,7 +64,7 @@ def kmers(dtype=torch.float32, **options):
 
 
 def u_net(dtype=torch.float32):
-    backbone = multiscale_mamba2((16, 24, 32), (1, 1, 2), (4, 3), head_dim=8, d_state=4, chunk_size=8)
+    backbone = multiscale((16, 24, 32), (1, 1, 2), (4, 3), outer=Mamba2Config(head_dim=8, d_state=4, chunk_size=8))
     config = ModelConfig(vocab_size=11, backbone=backbone, head=HeadConfig(task="next_token"))
     return enlarge(seqmodels.build(config, seed=0)).to(dtype).eval()
 

@@ -8,14 +8,14 @@ import torch
 import seqmodels
 from seqmodels import presets
 from seqmodels.backbone import recompute_layers
-from seqmodels.config import HeadConfig, ModelConfig
+from seqmodels.config import HeadConfig, Mamba2Config, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STACKS = {
     "mamba": presets.mamba(16, 2, d_state=4),
     "mamba2": dataclasses.replace(presets.mamba2(16, 2, head_dim=8, d_state=4), mlp_expand=2.0),
-    "multiscale": presets.multiscale_mamba2((16, 24), (1, 1), (4,), d_state=4, head_dim=8),
+    "multiscale": presets.multiscale((16, 24), (1, 1), (4,), outer=Mamba2Config(d_state=4, head_dim=8)),
     "bidirectional": presets.mamba2(16, 2, head_dim=8, d_state=4, bidirectional=True),
     "lstm": presets.lstm(16, 2),
 }

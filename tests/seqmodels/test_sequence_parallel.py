@@ -36,7 +36,7 @@ from seqmodels.config import (
 )
 from seqmodels.errors import InputError
 from seqmodels.kernels import selective_scan_cpu
-from seqmodels.presets import multiscale_mamba2
+from seqmodels.presets import multiscale
 from seqmodels.sequence_parallel import parallelise, reduce_gradients, split, stretch
 
 small = {"d_state": 4, "d_conv": 4}
@@ -229,7 +229,7 @@ def conditions(mesh):
 
 def one_stage(mesh):
     """A U-Net without pooling, as `audio train --pools []` makes it, is flat."""
-    backbone = multiscale_mamba2((16,), (2,), (), head_dim=8, d_state=4, chunk_size=8)
+    backbone = multiscale((16,), (2,), (), outer=Mamba2Config(head_dim=8, d_state=4, chunk_size=8))
     config = ModelConfig(vocab_size=11, backbone=backbone, head=HeadConfig(task="next_token"))
     plain, model = (seqmodels.build(config, seed=0).double() for _ in range(2))
     batch = batch_of(2, 20)
@@ -386,7 +386,7 @@ def test_data_times_sequence_is_one_process_on_the_whole_batch(failures, way):
 
 
 def test_models_that_cannot_share_a_sequence_say_what_to_use_instead():
-    backbone = multiscale_mamba2((16, 24), (1, 1), (4,), head_dim=8, d_state=4, chunk_size=8)
+    backbone = multiscale((16, 24), (1, 1), (4,), outer=Mamba2Config(head_dim=8, d_state=4, chunk_size=8))
     head = HeadConfig(task="next_token")
     u_net = seqmodels.build(ModelConfig(vocab_size=11, backbone=backbone, head=head))
     prefixes = HeadConfig(task="sequence", labels=labels, supervise_every=4)

@@ -22,7 +22,7 @@ from seqmodels.config import (
     RNNConfig,
 )
 from seqmodels.errors import InputError
-from seqmodels.presets import multiscale_mamba2
+from seqmodels.presets import multiscale
 from seqmodels.sweeps import free_memory, host_bytes, sweepable, two_sweeps, windows
 
 small = {"d_state": 4, "d_conv": 3}
@@ -184,7 +184,9 @@ def test_what_cannot_be_read_is_told():
     assert not sweepable(build("bi-mamba", "encoder").backbone)
     with pytest.raises(InputError, match="use windows"):
         next(two_sweeps(build("encoder").backbone, tokens(1, 5)))
-    config = ModelConfig(vocab_size=11, backbone=multiscale_mamba2((16, 24), (1, 1), (4,), head_dim=8), head=POSITION)
+    config = ModelConfig(
+        vocab_size=11, backbone=multiscale((16, 24), (1, 1), (4,), outer=Mamba2Config(head_dim=8)), head=POSITION
+    )
     assert not sweepable(seqmodels.build(config).backbone)
     with pytest.raises(InputError, match="leave nothing between"):
         next(windows(build("encoder").backbone, [tokens(1, 5)], window=10, context=5))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import seqmodels
 from seqmodels import presets
-from seqmodels.config import HeadConfig, KmerConfig, ModelConfig
+from seqmodels.config import HeadConfig, KmerConfig, Mamba2Config, ModelConfig
 from seqmodels.errors import InputError
 from seqmodels.heads import LanguageModel
 from seqmodels.training import TrainingConfig, fit, parameter_groups, schedule
@@ -356,7 +356,9 @@ class Streams:
 def test_a_carried_state_makes_the_loss_of_chunks_that_of_the_whole_stream(tmp_path, kind, monkeypatch):
     backbone = presets.mamba2(16, 2, head_dim=8, d_state=4)
     if kind == "multiscale":
-        backbone = presets.multiscale_mamba2((16, 24), (1, 1), (5,), d_state=4, head_dim=8)  # chunks end inside a group
+        backbone = presets.multiscale(
+            (16, 24), (1, 1), (5,), outer=Mamba2Config(d_state=4, head_dim=8)
+        )  # chunks end inside a group
     elif kind == "kmers":
         backbone = dataclasses.replace(backbone, kmer=KmerConfig(k=3, alphabet=(0, 1, 2, 3), width=4))
     config = dataclasses.replace(CONFIG, backbone=backbone)
