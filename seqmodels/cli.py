@@ -20,6 +20,7 @@ COMMANDS = {
         "data": "seqmodels.tasks.genomics.public",
         "embed": "seqmodels.tasks.genomics.embed",
         "evaluate": "seqmodels.tasks.genomics.evaluate",
+        "explain": "seqmodels.tasks.genomics.explain",
         "generate": "seqmodels.tasks.genomics.generate",
         "pretrain": "seqmodels.tasks.genomics.pretrain",
         "train": "seqmodels.tasks.genomics.train",
@@ -39,6 +40,7 @@ USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help ex
   longseq dna data list|get|info      public data sets by name, and what a data set holds
   longseq dna embed FILE...           features of a model's layers, per record or per base
   longseq dna evaluate MODEL --data D accuracy and more on labelled data
+  longseq dna explain FILE...         which bases made a model say what it says: a table, tracks, a logo
   longseq dna generate --prompt P     new sequences that go on from bases or a FASTA file
   longseq dna pretrain GENOME... RUN  train a model to predict bases, without labels
   longseq dna train DATA RUN          train a classifier on your own data

@@ -11,7 +11,6 @@ import numpy as np
 from tqdm import tqdm
 
 from seqmodels.errors import InputError
-from seqmodels.tasks.genomics.indexed import IndexedFasta
 from seqmodels.tasks.genomics.inference import (
     Answer,
     Dtype,
@@ -25,9 +24,8 @@ from seqmodels.tasks.genomics.inference import (
     scores_of,
     serve_first,
 )
-from seqmodels.tasks.genomics.intervals import parse_region, read_intervals
 from seqmodels.tasks.genomics.manifest import manifest_of, write_manifest
-from seqmodels.tasks.genomics.pieces import ANSWERED, Cut, Intervals, Records
+from seqmodels.tasks.genomics.pieces import ANSWERED, Cut, Intervals, Records, sources_of
 from seqmodels.tasks.genomics.table import Format, Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.tokens import Tokens
 from seqmodels.tasks.genomics.tracks import TrackFormat, Tracks
@@ -153,7 +151,7 @@ def classify(
         dismiss()
         return 0
     cut = _cut(window, stride)
-    sources = _sources(files, region, bed, feature, cut)
+    sources = sources_of(files, region, bed, feature, cut)
     if track is not None and identity is _IDENTITY:
         raise InputError("a track needs places along sequences; give --window, --bed or --region too")
     tracks = None if track is None else Tracks(track, track_format)
@@ -228,25 +226,6 @@ def _cut(window: int | None, stride: int | None) -> Cut | None:
             raise InputError(f"stride is {stride}, but there are no windows; give --window too")
         return None
     return Cut(window, stride or window)
-
-
-def _sources(
-    files: list[Path], region: list[str] | None, bed: Path | None, feature: list[str] | None, cut: Cut | None
-) -> Sequence[Records | Intervals]:
-    """What there is to classify; intervals are read, and their genomes opened, at once."""
-    if region is None and bed is None:
-        if feature is not None:
-            raise InputError("--feature is for the lines of a GFF3 or GTF file; give --bed too")
-        return [Records(path, cut) for path in files]
-    if not files:
-        raise InputError("no FASTA file was given; name the one that has the sequences of the intervals")
-    intervals = [] if bed is None else list(read_intervals(bed, feature))
-    if bed is not None and not intervals:
-        raise InputError(f"{bed} has no intervals{' of these features' if feature else ''}; nothing can be classified")
-    genomes = [IndexedFasta(path) for path in files]
-    lengths = {seq: length for genome in genomes for seq, length in genome.lengths.items()}
-    intervals += [parse_region(text, lengths) for text in region or ()]
-    return [Intervals(genomes, intervals, " and ".join(map(str, ([bed] if bed else []) + (region or [])[:3])), cut)]
 
 
 def _what(identity: list[str], cut: Cut | None) -> str:

@@ -75,7 +75,7 @@ class Classifier:
                 raise InputError(f"{name} is {value}; it must be at least {least}")
         self.device = choose_device(device)
         on_cpu = self.device.type == "cpu"
-        self.model: Any = _load(model).to(self.device, getattr(torch, dtype))
+        self.model: Any = load(model).to(self.device, getattr(torch, dtype))
         config = self.model.config
         if config.head.task != "sequence" or config.tokenizer.get("type") != "dna":
             raise InputError(
@@ -199,7 +199,8 @@ class Classifier:
         return int(MEMORY * free_memory() / self.sharing / per_chunk * self.chunk)
 
 
-def _load(model: str) -> Any:
+def load(model: str) -> Any:
+    """A network or a linear model of k-mer counts, in eval mode on the CPU."""
     from seqmodels.tasks.genomics.kmers import is_kmer_model, load_kmers
 
     return load_kmers(model) if is_kmer_model(model) else seqmodels.load(model)

@@ -7,8 +7,9 @@ Windows begin every `stride` bases of a record or interval, in the direction in 
 beyond the end is moved back to end there, so that all have their length, but where there are fewer bases in all.
 """
 
+import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.fasta import FastaReader, Record
 from seqmodels.tasks.genomics.indexed import IndexedFasta
-from seqmodels.tasks.genomics.intervals import Interval, printable
+from seqmodels.tasks.genomics.intervals import Interval, parse_region, printable, read_intervals
 from seqmodels.tasks.genomics.table import Row
 from seqmodels.tasks.genomics.tokens import Counts, Tokens, count, encode_marked, reverse_complement, tokens_of
 
@@ -73,7 +74,7 @@ class Intervals:
     def __init__(
         self, genomes: list[IndexedFasta], intervals: list[Interval], name: str, cut: Cut | None = None
     ) -> None:
-        self._intervals, self._cut, self.name = intervals, cut, name
+        self.intervals, self._cut, self.name = intervals, cut, name
         self._homes: dict[str, IndexedFasta] = {}
         self.lengths: dict[str, int] = {}
         "Bases of each sequence of the files."
@@ -89,7 +90,7 @@ class Intervals:
 
     def pieces(self, longest: int) -> Iterator[Piece]:
         """In the order of the intervals."""
-        for number, interval in enumerate(self._intervals, 1):
+        for number, interval in enumerate(self.intervals, 1):
             length, home = self.lengths.get(interval.seq), self._homes.get(interval.seq)
             record = Record(interval.name, "", number)
             common: Row = {"file": "" if home is None else printable(home.name)}
@@ -104,12 +105,50 @@ class Intervals:
             else:
                 yield from _windows(record, interval, length, self._cut, longest, common)
 
+    def widened(self, context: int | None) -> "Intervals":
+        """The same with so many more bases on each side (N beyond the ends of a sequence); None: its whole sequence."""
+        wide = copy.copy(self)
+        wide.intervals = []
+        for interval in self.intervals:
+            if context is None:
+                start, end = 0, max(interval.end, self.lengths.get(interval.seq, 0))
+            else:
+                start, end = interval.start - context, interval.end + context
+            wide.intervals.append(interval._replace(start=start, end=end))
+        return wide
+
     def _nowhere(self, seq: str) -> Row:
         """Status and note of an interval that has no bases."""
         if seq in self.lengths:
             return {"status": "outside", "note": f"{seq} has {self.lengths[seq]} bases"}
         known = ", ".join(itertools.islice(self.lengths, 3)) + ", ..." * (len(self.lengths) > 3)
         return {"status": "missing", "note": f"no sequence {seq} in the FASTA, which has {known}"}
+
+
+def sources_of(
+    files: list[Path],
+    region: list[str] | None,
+    bed: Path | None,
+    feature: list[str] | None,
+    cut: Cut | None = None,
+) -> Sequence[Records | Intervals]:
+    """The records of FASTA files, or of these the regions (as samtools writes them) and the intervals of a file.
+
+    Intervals are read, and their genomes opened, at once.
+    """
+    if region is None and bed is None:
+        if feature is not None:
+            raise InputError("--feature is for the lines of a GFF3 or GTF file; give --bed too")
+        return [Records(path, cut) for path in files]
+    if not files:
+        raise InputError("no FASTA file was given; name the one that has the sequences of the intervals")
+    intervals = [] if bed is None else list(read_intervals(bed, feature))
+    if bed is not None and not intervals:
+        raise InputError(f"{bed} has no intervals{' of these features' if feature else ''}; give one that has")
+    genomes = [IndexedFasta(path) for path in files]
+    lengths = {seq: length for genome in genomes for seq, length in genome.lengths.items()}
+    intervals += [parse_region(text, lengths) for text in region or ()]
+    return [Intervals(genomes, intervals, " and ".join(map(str, ([bed] if bed else []) + (region or [])[:3])), cut)]
 
 
 def sliding(

@@ -1,0 +1,757 @@
+"""`longseq dna explain`: which bases made a model say what it says of a sequence.
+
+Mutagenesis, exact: each base is exchanged for the three others, one at a time, and the model reads what has become of
+the sequence. A model that reads in one direction goes on from its state before the base.
+
+Gradient, to first order: the gradient of the score at the model's embedding, times the change that each exchange makes
+there. With embeddings of k-mers this is the gradient for a one-hot sequence x (l, 4) whose words are looked up as
+
+    e[i] = sum over words w of  x[i - k + 1, w[1]] * ... * x[i, w[k]] * table[w],
+
+so that all words with a base count. Only differences between the four bases of a place mean something, since a one-hot
+row adds up to 1: gradients are given minus their mean over the four (Majdandzic et al., Genome Biology 24:109, 2023).
+
+Importance of a base, either way: the score that it gives, minus the mean of the scores that the four bases give in its
+place. With gradients that is gradient x input; of a model that is linear in its embedding both are the same.
+
+    explainer = Explainer("runs/mine/model", strand="both")
+    changes = explainer.mutagenesis(encode(b"ACGTTGCA")).scores  # (8, 4, classes)
+    importance(changes)                                          # (8, classes)
+"""
+
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from tqdm import tqdm
+
+from seqmodels.backbone import Backbone
+from seqmodels.checkpoint import choose_device
+from seqmodels.config import Targets
+from seqmodels.errors import InputError
+from seqmodels.heads import LanguageModel
+from seqmodels.tasks.genomics.inference import Dtype, Strand, load, scores_of
+from seqmodels.tasks.genomics.intervals import Interval
+from seqmodels.tasks.genomics.logo import BASES, Panel, check_picture, write_picture
+from seqmodels.tasks.genomics.manifest import manifest_of, write_manifest
+from seqmodels.tasks.genomics.pieces import ANSWERED, Intervals, Records, sources_of
+from seqmodels.tasks.genomics.table import Format, Row, TableWriter, check_writable, part_of
+from seqmodels.tasks.genomics.tokens import MASK, A, N, T, Tokens, decode, reverse_complement
+from seqmodels.tasks.genomics.tracks import Tracks
+
+Method = Literal["mutagenesis", "gradient"]
+Floats = NDArray[np.float64]
+_IDENTITY = ["file", "seq", "start", "name", "strand", "ref", "alt", "class", "strands", "model"]
+_SHOWN = ["seq", "start", "ref", "alt", "class", "dp", "dlogit", "change", "llr", "importance", "status", "note"]
+_PICTURED = 6000  # bases that a picture has room for
+
+
+def explain(
+    files: list[Path],
+    model: str = "enterobacteria",
+    output: Path | None = None,
+    format: Format | None = None,
+    label: list[str] | None = None,
+    method: Method = "mutagenesis",
+    region: list[str] | None = None,
+    bed: Path | None = None,
+    feature: list[str] | None = None,
+    context: int | Literal["all"] = 0,
+    span: int | None = None,
+    track: Path | None = None,
+    track_format: Literal["bedgraph", "bigwig"] = "bedgraph",
+    picture: Path | None = None,
+    strand: Strand = "fwd",
+    device: str = "auto",
+    dtype: Dtype = "float32",
+    batch_tokens: int | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Tell which bases made a model say what it says of a sequence: a table, tracks for a browser, and a logo.
+
+    Of each record of the FASTA files, or of parts of them, every base is looked at:
+
+        longseq dna explain promoters.fa --model runs/tata/model -o bases.tsv --picture logo.png
+        longseq dna explain genome.fa --region chr1:5,001-5,100 --context 500 --model runs/tf/model -o bases.tsv
+        longseq dna explain genome.fa --bed peaks.bed --span 200 --method gradient -o bases.tsv --track importance
+
+    What is explained is a number that the model gives of the sequence. Of a classifier it is the log-odds of a class,
+    ln(p / (1 - p)), where p is its probability; of a model of numbers, a number. Of a model that predicts bases it is
+    the log-likelihood of the sequence (natural logarithm), probabilities being among A, C, G and T. Next-token models:
+    the sum of log p(base | bases before it), of all bases but the first. Masked-token models: of each base that is
+    explained, log p(base | all others) by itself, the base being hidden.
+
+    mutagenesis (in-silico mutagenesis): each base is exchanged for the three others, one at a time, and the model
+    reads the changed sequence; exact. One row per base and alternative. For a sequence of l bases the model reads 3 l
+    sequences (l, for a masked-token model); of one that reads in one direction only what follows the base.
+
+    gradient (gradient x input): what the gradient makes of the same exchanges, from one reading; an approximation that
+    is good where the model is nearly linear. One row per base. It goes through embeddings of single bases and of
+    k-mers (every word with the base counts). Not for masked-token models and not for k-mer regressions.
+
+    The importance of a base is the score that it gives minus the mean of the scores that A, C, G and T give in its
+    place: positive where the base speaks for the class, negative where it speaks against it.
+
+    Columns: seq, start, end (of the base, as in BED: the first base is 0), name and strand of the record or interval,
+    ref (the base; always of the strand that is in the file), then of mutagenesis: alt, class, p_ref (the probability
+    of the class before the exchange), dp and dlogit (changes of the probability and of the log-odds; positive: the
+    alternative speaks more for the class). Models of numbers have value_ref and change instead of the three, models
+    that predict bases have llr (as in dna variants) instead of all. Of gradient: class, p_ref, importance, and grad_A
+    to grad_T (the importance that each base would have there). Then file, status, note, strands (what was read), model.
+
+    N has no rows, and counts for nothing but the reading of its neighbours; lower case is read as upper case. A record
+    without an explanation has one row without a base, and its status says why: empty, only_n, invalid, truncated,
+    missing, outside (as of dna classify), or too_long (see --batch-tokens).
+
+    Args:
+        files: FASTA files, plain or compressed with gzip or BGZF; - is standard input.
+        model: Name of a shipped model, folder of a trained one, or its id on the Hugging Face hub: a classifier (dna
+            train) or a model that predicts bases (dna pretrain, Caduceus).
+        output: File for the table; without it the table goes to the screen.
+        label: Class to explain; may be given several times. Otherwise the one that the model finds most likely, of each
+            record its own (of a model of numbers, all of them).
+        method: mutagenesis or gradient, see above.
+        region: Part of a sequence to explain, like chr1:1,000-2,000 (the first base is 1, and 2,000 is part of it),
+            chr1:1000 (to the end) or chr1; may be given several times.
+        bed: File of intervals to explain: BED, or GFF3 or GTF if its suffix is .gff, .gff3 or .gtf; also compressed
+            with gzip. Intervals on the minus strand are read, and drawn, as their reverse complement.
+        feature: Of GFF3 or GTF, take only lines of this feature (third column); may be given several times.
+        context: Bases on each side of a region or interval that the model reads with it, without explaining them (N
+            beyond the ends of a sequence); or all: the whole sequence.
+        span: Explain only so many bases in the middle of each record, region or interval.
+        track: Beginning of the names of files for a genome browser: the importance of each base in
+            PREFIX.<class>.bedgraph (or .bw), PREFIX.predicted.bedgraph if no class is named, and
+            PREFIX.log-likelihood.bedgraph for a model that predicts bases.
+        track_format: bedgraph or bigwig (needs pip install pyBigWig).
+        picture: File for a picture (.png, .svg or .pdf): the bases as letters as high as they are important, 100 in a
+            row, upside down where they speak against the class; below them the change that each base would make. It
+            has room for 6,000 bases.
+        strand: Which strand is read. fwd: as written (that of an interval, if it has one); rev: the other one; both:
+            the mean of both (of the logits, or of the log-likelihoods). Bases keep their places in any case.
+        format: Format of the table; otherwise the suffix of the output says it (.tsv, .tsv.gz, .csv, .jsonl, .parquet).
+        device: auto, cpu, cuda or cuda:<number>.
+        dtype: Number format of the weights and activations; bfloat16 blurs small changes.
+        batch_tokens: Bases that are read at a time; otherwise 65,536 on a CPU, 1,048,576 on a GPU. Also the longest
+            sequence, context included, that a gradient or a model that reads in both directions can take; models that
+            read in one direction take any with mutagenesis.
+        resume: Go on where the same command was stopped or killed, from <output>.part; for .tsv, .csv and .jsonl.
+        quiet: No progress on a terminal.
+
+    Returns:
+        0, or 2 if any file or record could not be read as it should (the reasons are on standard error).
+    """
+    if context == "all":
+        wide = None
+    elif context < 0:
+        raise InputError(f"context is {context}; give 0 bases or more, or all")
+    else:
+        wide = context
+    if context != 0 and region is None and bed is None:
+        raise InputError("--context is for what lies around a --region or --bed; a record is read whole anyway")
+    if span is not None and span < 1:
+        raise InputError(f"span is {span}; explain at least 1 base")
+    inputs = [*files, *([] if bed is None else [bed])]
+    for path in (output, picture):
+        if path is not None and any(str(f) != "-" and f.exists() and path.resolve() == f.resolve() for f in inputs):
+            raise InputError(f"the output {path} is also an input; give another name")
+    TableWriter(output, {}, format, resume=_IDENTITY if resume else ())  # says early what cannot be written
+    if output is not None:
+        check_writable(output)
+        if resume and output.exists() and not part_of(output).exists():
+            print(f"{output} is there and whole: nothing to resume", file=sys.stderr)
+            return 0
+    if picture is not None:
+        check_picture(picture)
+    explainer = Explainer(model, device, dtype, strand=strand, batch_tokens=batch_tokens)
+    if method == "gradient":
+        explainer.check_gradient()
+    asked = explainer.numbers_of(label)
+    columns = _columns(explainer, method)
+    shown, identity = ([name for name in names if name in columns] for names in (_SHOWN, _IDENTITY))
+    drawn = _Drawn(explainer, label, track, track_format, picture)
+    sources = sources_of(files, region, bed, feature)
+    statuses, problems, unexplained = Counter[str](), list[str](), list[str]()
+    lengths: dict[str, int] = {}
+    progress = tqdm(unit="base", unit_scale=True, disable=quiet or not sys.stderr.isatty())
+    with TableWriter(output, columns, format, shown, identity if resume else ()) as table, progress:
+        given = 0
+        for stretch in _stretches(sources, wide, span, explainer.longest(method), problems):
+            if stretch.common["status"] in ANSWERED:
+                classes = asked or explainer.predicted(stretch.tokens)
+                each = len(classes) * (1 if method == "gradient" else 3)
+                is_kept = given + each * int(is_base(stretch.bases).sum()) <= table.kept
+                effects = None if is_kept else explainer.explain(stretch, method, classes, progress.update)
+                rows = list(_rows(stretch, explainer, method, classes, effects))
+            else:
+                rows = [stretch.common]
+                unexplained.append("{name} is {status}: {note}".format(**stretch.common))
+            rows = [row | {"strands": strand, "model": model} for row in rows]
+            table.write(rows)
+            given += len(rows)
+            statuses.update(row["status"] for row in rows)
+            lengths[stretch.read.seq] = stretch.read.end
+            if stretch.common["status"] in ANSWERED:
+                drawn.add(stretch, rows)
+        if unexplained:
+            what = "records or intervals have" if len(unexplained) > 1 else "record or interval has"
+            problems.append(f"{len(unexplained)} {what} no explanation; {unexplained[0]}")
+        if not statuses:
+            raise InputError("; ".join(problems) or "no FASTA file was given; name at least one, or -")
+        for source in sources:
+            lengths |= source.lengths
+        written = drawn.write(lengths)
+        if output is not None:
+            manifest_of(output).unlink(missing_ok=True)  # none that speaks of another table
+    if output is not None:
+        settings = {"method": method, "label": label, "strand": strand, "region": region, "bed": bed}
+        settings |= {"feature": feature, "context": context, "span": span, "format": format, "device": device}
+        settings |= {"dtype": dtype, "batch_tokens": explainer.batch_tokens}
+        write_manifest(
+            output, model, inputs=inputs, outputs=written, settings=settings, counts=statuses, problems=problems
+        )
+    for line in problems:
+        print(f"longseq: {line}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+class Effects(NamedTuple):
+    """What the exchange of each of n bases by A, C, G and T does, for k classes; NaN where there is N.
+
+    Of a model that predicts bases there is one class, the log-likelihood.
+    """
+
+    given: Floats
+    "(k,) probabilities, numbers or log-likelihood of the sequence as it is; NaN of a masked-token model."
+    scores: Floats
+    "(n, 4, k) change of the log-odds, number or log-likelihood; 0 for the base that is there."
+    chances: Floats | None = None
+    "(n, 4, k) change of the probability; None for gradients, and where there are no probabilities."
+
+
+def importance(changes: Floats) -> Floats:
+    """Importance (n, ...) of bases from the changes (n, 4, ...) of a score, which is 0 for the base that is there."""
+    return -changes.mean(1)
+
+
+def log_odds(logits: Tensor, targets: Targets) -> Tensor:
+    """ln(p / (1 - p)) of each class, from logits (..., k); numbers as they are."""
+    if targets != "single":
+        return logits
+    same = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    return logits - logits[..., None, :].masked_fill(same, -torch.inf).logsumexp(-1)
+
+
+def is_base(tokens: Tokens) -> NDArray[np.bool_]:
+    """Which of tokens (...) are A, C, G or T."""
+    return (tokens >= A) & (tokens <= T)
+
+
+class Explainer:
+    """A classifier of DNA, or a model that predicts bases, with what exchanges of bases do to what it says.
+
+    The tokens (l,) that its functions take are read whole; bases start .. end of them are explained.
+    """
+
+    def __init__(
+        self, model: str, device: str = "auto", dtype: Dtype = "float32", *, strand: Strand = "fwd",
+        batch_tokens: int | None = None,
+    ) -> None:  # fmt: skip
+        if batch_tokens is not None and batch_tokens < 1:
+            raise InputError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+        self.name, self.device = model, choose_device(device)
+        self.model: Any = load(model).to(self.device, getattr(torch, dtype)).requires_grad_(False)
+        head = self.model.config.head
+        if self.model.config.tokenizer.get("type") != "dna" or head.task == "position":
+            raise InputError(
+                f"model {model} neither classifies DNA sequences nor predicts bases (head {head.task!r}, tokens "
+                f"{self.model.config.tokenizer.get('type')!r}); give one made by 'longseq dna train' or dna pretrain"
+            )
+        self.task: str = head.task
+        self.predicts_bases = head.task != "sequence"
+        self.classes: tuple[str, ...] = ("log-likelihood",) if self.predicts_bases else head.labels
+        self.targets: Targets = "regression" if self.predicts_bases else head.targets
+        if self.targets == "single" and len(self.classes) < 2:
+            raise InputError(f"model {model} knows only the class {self.classes[0]}; there is nothing to explain")
+        self.causal: bool = self.model.causal
+        self.backbone: Any = self.model.backbone
+        if head.task == "next_token":
+            self.model = Likelihood(self.model)
+        self.batch_tokens = batch_tokens or (1 << 16 if self.device.type == "cpu" else 1 << 20)
+        turned = {"fwd": (False,), "rev": (True,), "both": (False, True)}[strand]
+        self._turned = (False,) if self.backbone.both_strands else turned  # which readings are averaged
+
+    def check_gradient(self) -> None:
+        """An InputError if there is no gradient to go by."""
+        if self.task == "masked_token":
+            raise InputError(
+                f"model {self.name} hides a base to tell how likely it is, so that no gradient reaches it; leave "
+                "--method out: mutagenesis reads each base's sequence once"
+            )
+        if not isinstance(self.backbone, Backbone):
+            raise InputError(f"model {self.name} counts words, which have no gradient; leave --method out")
+
+    def longest(self, method: Method) -> int:
+        """Bases of the longest sequence that can be explained."""
+        return sys.maxsize if self.causal and method == "mutagenesis" else self.batch_tokens
+
+    def numbers_of(self, labels: Sequence[str] | None) -> list[int]:
+        """Numbers of the classes of these names."""
+        labels = list(dict.fromkeys(labels or ()))
+        if labels and self.predicts_bases:
+            raise InputError(f"model {self.name} predicts bases and has no classes; leave --label out")
+        for label in labels:
+            if label not in self.classes:
+                raise InputError(f"model {self.name} has no class {label!r}; its classes are {', '.join(self.classes)}")
+        return [self.classes.index(label) for label in labels]
+
+    def predicted(self, tokens: Tokens) -> list[int]:
+        """The number of the class that is most likely; of a model of numbers or of bases, all there are."""
+        if self.targets == "regression":
+            return list(range(len(self.classes)))
+        return [int(self.outputs(tokens).argmax())]
+
+    @torch.inference_mode()
+    def outputs(self, tokens: Tokens) -> Floats:
+        """Logits, numbers or log-likelihood (k,) of a sequence, the mean of the strands that are read."""
+        return np.mean([self._read(reading[None])[0] for reading, _ in self._readings(tokens)], axis=0)
+
+    def explain(
+        self, stretch: "Stretch", method: Method, classes: list[int], advance: Callable[[float], Any]
+    ) -> Effects:
+        """Effects of the bases of a stretch, for some classes."""
+        function = self.gradient if method == "gradient" else self.mutagenesis
+        start, end = stretch.start, stretch.start + len(stretch.bases)
+        try:
+            return function(stretch.tokens, start, end, classes, advance)
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"{self.batch_tokens} bases at a time do not fit into memory; lower --batch-tokens"
+            ) from None
+
+    @torch.inference_mode()
+    def mutagenesis(
+        self,
+        tokens: Tokens,
+        start: int = 0,
+        end: int | None = None,
+        classes: list[int] | None = None,
+        advance: Callable[[float], Any] = lambda bases: None,
+    ) -> Effects:
+        """Effects of each exchange, as the model reads its sequence; `advance` is told of bases that are done."""
+        places = start + np.flatnonzero(is_base(tokens[start:end]))
+        readings = self._readings(tokens)
+        own, found = [], []
+        for reading, turned in readings:
+            at = len(tokens) - 1 - places[::-1] if turned else places
+            if self.task == "masked_token":
+                values, before = self._hidden(reading, at, lambda n: advance(n / len(readings))), np.full(1, np.nan)
+            else:
+                before = self._read(reading[None])[0]
+                values = self._exchanged(reading, at, before, lambda n: advance(n / len(readings)))
+            own.append(before)
+            found.append(values[::-1, ::-1] if turned else values)  # A, C, G, T backwards are their complements
+        return self._effects(tokens[start:end], np.mean(own, axis=0), np.mean(found, axis=0), classes)
+
+    def _effects(self, bases: Tokens, before: Floats, values: Floats, classes: list[int] | None) -> Effects:
+        """Of outputs (k,) before and values (m, 4, k) after exchanges of those of bases (n,) that are no N."""
+        known = is_base(bases)
+        chosen = slice(None) if classes is None else classes
+        scores = log_odds(torch.from_numpy(values), self.targets).numpy()
+        given = scores_of(before, self.targets)
+        result = []
+        for after in (scores, scores_of(values, self.targets)):
+            changes = np.full((len(bases), *after.shape[1:]), np.nan)
+            changes[known] = after - after[np.arange(len(after)), bases[known] - A][:, None]
+            result.append(changes[..., chosen])
+        return Effects(given[chosen], result[0], None if self.targets == "regression" else result[1])
+
+    def gradient(
+        self,
+        tokens: Tokens,
+        start: int = 0,
+        end: int | None = None,
+        classes: list[int] | None = None,
+        advance: Callable[[float], Any] = lambda bases: None,
+    ) -> Effects:
+        """Effects of the same exchanges to first order in the embedding."""
+        classes = list(range(len(self.classes))) if classes is None else classes
+        bases = tokens[start:end]
+        places = start + np.flatnonzero(is_base(bases))
+        readings = self._readings(tokens)
+        outputs, embedded = list[Tensor](), list[tuple[Tensor, Tensor, bool]]()
+        values = np.zeros((len(places), 4, len(classes)))
+        for reading, turned in readings:
+            ids = self._ids(reading[None])
+            with torch.enable_grad(), self._embedding() as kept:
+                outputs.append(self.model(ids)[0].double())
+            embedded += [(rows, x, turned) for rows, x in kept]
+            if self.predicts_bases:  # the base is predicted, too
+                direct = self.model.log_p(ids)[0][0].cpu().numpy()[..., None]
+                values += (direct[::-1, ::-1] if turned else direct)[places] / len(readings)
+        mean = torch.stack(outputs).mean(0)
+        odds, inputs = log_odds(mean, self.targets), [x for _, x, _ in embedded]
+        slopes = [torch.autograd.grad(odds[number], inputs, retain_graph=True) for number in classes]
+        for i, (rows, _, given_turned) in enumerate(embedded):
+            for strand, row in enumerate(rows):  # the second one, if there is, is the other strand
+                turned = given_turned != bool(strand)
+                at = len(tokens) - 1 - places[::-1] if turned else places
+                found = self._through_embedding(row, torch.stack([slope[i][strand] for slope in slopes], -1), at)
+                values += found[::-1, ::-1] if turned else found
+        advance(len(places))
+        changes = np.full((len(bases), *values.shape[1:]), np.nan)
+        changes[is_base(bases)] = values - values[np.arange(len(values)), tokens[places] - A][:, None]
+        return Effects(scores_of(mean.detach().cpu().numpy(), self.targets)[classes], changes)
+
+    def _readings(self, tokens: Tokens) -> list[tuple[Tokens, bool]]:
+        """What is read of a sequence, and whether it is the other strand."""
+        return [(reverse_complement(tokens) if turned else tokens, turned) for turned in self._turned]
+
+    def _ids(self, rows: Tokens) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(rows)).to(self.device).long()
+
+    def _read(self, rows: Tokens, state: Any = None) -> Floats:
+        """Outputs (r, k) of sequences (r, l), or of what follows a state of one row."""
+        if self.causal:
+            logits = self.model.classify(self._advanced(rows, state))
+        else:
+            size = max(1, self.batch_tokens // rows.shape[1])
+            logits = torch.cat([self.model(self._ids(rows[i : i + size])) for i in range(0, len(rows), size)])
+        return logits.double().cpu().numpy()
+
+    def _advanced(self, rows: Tokens, state: Any) -> Any:
+        """The state of a causal model after rows (r, l), some steps at a time, from the state of one row."""
+        if state is not None:
+            state = tree_map(lambda t: t if t is None else t.repeat_interleave(len(rows), 0), state)
+        steps = max(1, self.batch_tokens // len(rows))
+        for i in range(0, rows.shape[1], steps):
+            state = self.model.read(self._ids(rows[:, i : i + steps]), state)
+        return state
+
+    def _exchanged(
+        self, tokens: Tokens, places: NDArray[np.int64], before: Floats, advance: Callable[[float], Any]
+    ) -> Floats:
+        """Outputs (m, 4, k) with A, C, G, T at each of m places; `before` (k,) of the sequence as it is."""
+        values = np.tile(before, (len(places), 4, 1))
+        others = np.array([[b for b in range(A, T + 1) if b != own] for own in tokens[places]], dtype=np.uint8)
+        state, read, done = None, 0, 0
+        while done < len(places):
+            first = int(places[done]) if self.causal else 0  # before it nothing changes
+            if first > read:
+                state, read = self._advanced(tokens[None, read:first], state), first
+            size = max(1, self.batch_tokens // (3 * (len(tokens) - first)))
+            here, new = places[done : done + size], others[done : done + size]
+            rows = np.tile(tokens[first:], (new.size, 1))
+            rows[np.arange(new.size), np.repeat(here - first, 3)] = new.ravel()
+            found = self._read(rows, state).reshape(*new.shape, -1)
+            values[np.arange(done, done + len(here))[:, None], new - A] = found
+            done += len(here)
+            advance(len(here))
+        return values
+
+    def _hidden(self, tokens: Tokens, places: NDArray[np.int64], advance: Callable[[float], Any]) -> Floats:
+        """log p (m, 4, 1) of A, C, G, T at each of m places, given all other bases."""
+        values, size = np.zeros((len(places), 4, 1)), max(1, self.batch_tokens // len(tokens))
+        for done in range(0, len(places), size):
+            here = places[done : done + size]
+            rows, at = np.tile(tokens, (len(here), 1)), np.arange(len(here))
+            rows[at, here] = MASK
+            x, _ = self.backbone(self._ids(rows))
+            values[done + at, :, 0] = log_p_of_bases(self.model.logits(x[at, here])).cpu().numpy()
+            advance(len(here))
+        return values
+
+    @contextmanager
+    def _embedding(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """What the backbone embeds meanwhile: ids (b, l), and what enters the layers (b, l, d), to be derived by."""
+        kept, embed = list[tuple[Tensor, Tensor]](), self.backbone.embed
+
+        def embed_and_keep(ids: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+            x, recent = embed(ids, *rest)
+            kept.append((ids, x.detach().requires_grad_()))
+            return kept[-1][1], recent
+
+        self.backbone.embed = embed_and_keep
+        try:
+            yield kept
+        finally:
+            del self.backbone.embed
+
+    @torch.no_grad()
+    def _through_embedding(self, ids: Tensor, slopes: Tensor, places: NDArray[np.int64]) -> Floats:
+        """slopes (l, d, k) times the embedding of ids (l,) with A, C, G, T at each of m places: (m, 4, k).
+
+        Only what the place has a part in is added up: its own embedding, and those of the k-mers with it.
+        """
+        reach = 0 if self.backbone.kmer is None else self.backbone.kmer.k - 1
+        ids = F.pad(ids, (reach, reach), value=N)  # no k-mers beyond the ends, as in the sequence
+        slopes = F.pad(slopes.double(), (0, 0, 0, 0, 0, reach))
+        around = torch.arange(2 * reach + 1, device=ids.device)
+        result = [np.zeros((0, 4, slopes.shape[-1]))]
+        size = max(1, self.batch_tokens // (4 * len(around)))
+        for here in torch.from_numpy(places.copy()).to(ids.device)[:, None].split(size):
+            windows = ids[here + around][:, None].repeat(1, 4, 1)
+            windows[:, :, reach] = torch.arange(A, T + 1, device=ids.device)
+            x, _ = self.backbone.embed(windows.flatten(0, 1), None, None, None, None)
+            x = x[:, reach:].unflatten(0, (-1, 4)).double()
+            result.append(torch.einsum("mbrd,mrdk->mbk", x, slopes[here + around[: reach + 1]]).cpu().numpy())
+        return np.concatenate(result)
+
+
+def log_p_of_bases(logits: Tensor) -> Tensor:
+    """log p (..., 4) of A, C, G, T among the four, float64, from logits (..., vocabulary)."""
+    return logits[..., A : T + 1].double().log_softmax(-1)
+
+
+class Said(NamedTuple):
+    """What a Likelihood has read so far."""
+
+    inner: Any
+    "State of the model."
+    following: Tensor
+    "(b, 4) log p of A, C, G, T coming next."
+    total: Tensor
+    "(b,) log-likelihood so far."
+
+
+class Likelihood:
+    """A next-token model as one that reads in chunks and gives one number, as a SequenceClassifier of one class does.
+
+    That is the sum of log p(base | those before it) of all bases but the first; of N, too, nothing is said.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids (b, l) -> (b, 1)."""
+        return self.classify(self.read(ids))
+
+    def read(self, ids: Tensor, state: Said | None = None) -> Said:
+        """The state after ids (b, l)."""
+        log_p, following, inner = self.log_p(ids, state)
+        said = log_p.gather(-1, (ids - A).clamp(0, 3)[..., None])[..., 0] * ((ids >= A) & (ids <= T))
+        return Said(inner, following, said.sum(1) + (0 if state is None else state.total))
+
+    def classify(self, state: Said) -> Tensor:
+        """(b, 1)"""
+        return state.total[:, None]
+
+    def log_p(self, ids: Tensor, state: Said | None = None) -> tuple[Tensor, Tensor, Any]:
+        """log p of A, C, G, T at each place (b, l, 4), 0 at the first of all, and coming next (b, 4); the new state."""
+        logits, inner = self._model(ids, None if state is None else state.inner)
+        log_p = log_p_of_bases(logits)
+        first = torch.zeros_like(log_p[:, 0]) if state is None else state.following
+        return torch.cat([first[:, None], log_p[:, :-1]], 1), log_p[:, -1], inner
+
+
+class Stretch(NamedTuple):
+    """Bases to be explained, in what is read with them."""
+
+    common: Row
+    "The columns that its rows share; the only row, where nothing can be explained."
+    place: Interval
+    "Where the bases lie."
+    read: Interval
+    "Where that lies which is read."
+    tokens: Tokens
+    "What is read (l,), in its direction."
+
+    @property
+    def start(self) -> int:
+        """Where in what is read the bases begin."""
+        place, read = self.place, self.read
+        return read.end - place.end if place.strand == "-" else place.start - read.start
+
+    @property
+    def bases(self) -> Tokens:
+        """Tokens (n,) in the direction of reading."""
+        return self.tokens[self.start : self.start + self.place.end - self.place.start]
+
+    def turned(self, values: Any) -> Any:
+        """Values (n, 4, ...) in the direction of reading as those of the file's strand, and the other way round."""
+        return values[::-1, ::-1] if self.place.strand == "-" else values
+
+    @property
+    def letters(self) -> str:
+        """The bases (n,) of the file's strand."""
+        return decode(reverse_complement(self.bases) if self.place.strand == "-" else self.bases)
+
+
+def _stretches(
+    sources: Sequence[Records | Intervals], context: int | None, span: int | None, longest: int, problems: list[str]
+) -> Iterator[Stretch]:
+    """What there is to explain in each record or interval; what cannot be read is added to the problems."""
+    for source in sources:
+        wide = source.widened(context) if isinstance(source, Intervals) else source
+        try:
+            for i, piece in enumerate(wide.pieces(sys.maxsize)):
+                row = piece.describe()
+                if isinstance(source, Intervals) and isinstance(wide, Intervals):
+                    place, read = source.intervals[i], wide.intervals[i]
+                else:
+                    place = read = Interval(row["record_id"], 0, row["length"], row["record_id"])
+                if span is not None and span < place.end - place.start:
+                    place = _middle(place, span)
+                yield _checked(Stretch(row, place, read, piece.tokens), longest)
+        except InputError as error:
+            problems.append(str(error))
+
+
+def _middle(place: Interval, span: int) -> Interval:
+    """`span` bases in the middle; of an odd rest the larger part comes after them, in the direction of reading."""
+    before = (place.end - place.start - span) // 2
+    start = place.end - before - span if place.strand == "-" else place.start + before
+    return place._replace(start=start, end=start + span)
+
+
+def _checked(stretch: Stretch, longest: int) -> Stretch:
+    """With the columns that its rows share, of the row of its piece."""
+    row, place = stretch.common, stretch.place
+    if row["status"] in ANSWERED and len(stretch.tokens) > longest:
+        note = f"{len(stretch.tokens)} bases at once; raise --batch-tokens ({longest}), or explain a --region"
+        row |= {"status": "too_long", "note": note}
+    elif row["status"] in ANSWERED and not is_base(stretch.bases).any():
+        row |= {"status": "only_n", "note": "no A, C, G or T"}
+    common = {"seq": place.seq, "start": place.start, "end": place.end, "name": place.name, "strand": place.strand}
+    return stretch._replace(common=common | {name: row[name] for name in ("file", "status", "note")})
+
+
+def _score_columns(explainer: Explainer) -> tuple[str, str]:
+    """The columns of what a model gives before an exchange, and of the change of the score; '' is none."""
+    if explainer.predicts_bases:
+        return "", "llr"
+    return ("value_ref", "change") if explainer.targets == "regression" else ("p_ref", "dlogit")
+
+
+def _columns(explainer: Explainer, method: Method) -> dict[str, type]:
+    given, score = _score_columns(explainer)
+    columns: dict[str, type] = {"seq": str, "start": int, "end": int, "name": str, "strand": str, "ref": str}
+    columns |= {} if method == "gradient" else {"alt": str}
+    columns |= {"class": str, given: float} if given else {}
+    if method == "gradient":
+        columns |= {"importance": float} | {f"grad_{base}": float for base in BASES}
+    else:
+        columns |= ({"dp": float} if score == "dlogit" else {}) | {score: float}
+    return columns | dict.fromkeys(("file", "status", "note", "strands", "model"), str)
+
+
+def _rows(
+    stretch: Stretch, explainer: Explainer, method: Method, classes: list[int], effects: Effects | None
+) -> Iterator[Row]:
+    """Class after class, base after base; without their numbers, where these stand in a table that is resumed."""
+    given, score = _score_columns(explainer)
+    for c, number in enumerate(classes):
+        common = stretch.common | {"class": explainer.classes[number]}
+        if effects is not None:
+            common |= {given: float(effects.given[c])}
+            scores = stretch.turned(effects.scores[..., c])
+            chances = None if effects.chances is None else stretch.turned(effects.chances[..., c])
+        for i, ref in enumerate(stretch.letters):
+            if ref not in BASES:
+                continue
+            row = common | {"start": stretch.place.start + i, "end": stretch.place.start + i + 1, "ref": ref}
+            if method == "gradient":
+                if effects is not None:
+                    centred = scores[i] - scores[i].mean()
+                    row |= {f"grad_{base}": float(v) for base, v in zip(BASES, centred, strict=True)}
+                    row |= {"importance": row[f"grad_{ref}"]}
+                yield row
+                continue
+            for b, alt in enumerate(BASES):
+                if alt != ref:
+                    values = {} if effects is None else {score: float(scores[i, b])}
+                    values |= {} if effects is None or chances is None else {"dp": float(chances[i, b])}
+                    yield row | {"alt": alt} | values
+
+
+def _changes(stretch: Stretch, rows: Sequence[Row], score: str) -> Floats:
+    """The changes (n, 4) of the score of one class, on the file's strand, that stand in its rows."""
+    changes = np.full((len(stretch.bases), 4), np.nan)
+
+    def shown(row: Row, column: str) -> float:
+        return float(f"{row[column]:.6g}")  # as in the table: what is resumed gives the same tracks
+
+    for row in rows:
+        at, ref = row["start"] - stretch.place.start, row["ref"]
+        if "alt" in row:
+            changes[at, BASES.index(ref)] = 0
+            changes[at, BASES.index(row["alt"])] = shown(row, score)
+        else:
+            changes[at] = [shown(row, f"grad_{base}") - shown(row, f"grad_{ref}") for base in BASES]
+    return changes
+
+
+class _Drawn:
+    """Tracks and a picture of what stands in the rows of stretches."""
+
+    def __init__(
+        self, explainer: Explainer, label: list[str] | None, track: Path | None,
+        track_format: Literal["bedgraph", "bigwig"], picture: Path | None,
+    ) -> None:  # fmt: skip
+        self._tracks = None if track is None else Tracks(track, track_format)
+        self._picture, self._panels, self._bases = picture, list[Panel](), 0
+        self._given, self._score = _score_columns(explainer)
+        predicted = ("predicted",) if explainer.targets != "regression" else explainer.classes
+        self._names = tuple(dict.fromkeys(label)) if label else predicted
+
+    def add(self, stretch: Stretch, rows: list[Row]) -> None:
+        """The rows of a stretch that has an explanation."""
+        if self._tracks is None and self._picture is None:
+            return
+        importances = []
+        for name, group in itertools.groupby(rows, lambda row: row["class"]):
+            own = list(group)
+            changes = _changes(stretch, own, self._score)
+            importances.append(importance(changes))
+            if self._picture is not None and self._bases < _PICTURED:
+                self._panels.append(self._panel(stretch, name, own[0].get(self._given), changes))
+            self._bases += len(changes)
+        if self._tracks is not None:
+            common = {name: stretch.common[name] for name in ("seq", "file", "status")}
+            places = range(stretch.place.start, stretch.place.end)
+            self._tracks.add(
+                [
+                    common | {"start": at, "end": at + 1}
+                    | {f"importance_{n}": v for n, v in zip(self._names, values, strict=True)}
+                    for at, values in zip(places, np.stack(importances, 1), strict=True) if not np.isnan(values[0])
+                ],
+                self._names, "importance_",
+            )  # fmt: skip
+
+    def _panel(self, stretch: Stretch, name: str, given: float | None, changes: Floats) -> Panel:
+        place, room = stretch.place, _PICTURED - self._bases
+        what = name if given is None else f"{name} ({'p' if self._given == 'p_ref' else 'value'} = {given:.3g})"
+        strand = ", minus strand" if place.strand == "-" else ""
+        positions = np.arange(place.start, place.end) + 1
+        changes = stretch.turned(changes)
+        return Panel(
+            title=f"{place.name}{strand}: {what}",
+            seq=place.seq,
+            positions=(positions[::-1] if strand else positions)[:room],
+            letters=decode(stretch.bases)[:room],
+            heights=importance(changes)[:room],
+            changes=changes[:room],
+            score={"dlogit": "log-odds", "change": "value", "llr": "log-likelihood"}[self._score],
+        )
+
+    def write(self, lengths: dict[str, int]) -> list[Path]:
+        """The files; `lengths` of sequences where they are known."""
+        written = [] if self._tracks is None else self._tracks.write(lengths, called=False)
+        if self._picture is not None and self._panels:
+            write_picture(self._picture, self._panels)
+            written.append(self._picture)
+            if self._bases > _PICTURED:
+                said = f"{self._picture} shows the first {_PICTURED} of {self._bases} bases; see --span and --region"
+                print(f"longseq: {said}", file=sys.stderr)
+        return written
