@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from seqmodels.errors import InputError
+from seqmodels.table import Format, Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.inference import (
     Answer,
     Dtype,
@@ -26,7 +27,6 @@ from seqmodels.tasks.genomics.inference import (
 )
 from seqmodels.tasks.genomics.manifest import manifest_of, write_manifest
 from seqmodels.tasks.genomics.pieces import ANSWERED, Cut, Intervals, Records, sources_of
-from seqmodels.tasks.genomics.table import Format, Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.tokens import Tokens
 from seqmodels.tasks.genomics.tracks import TrackFormat, Tracks
 from seqmodels.workers import LostWorker, dismiss

@@ -21,9 +21,9 @@ from seqmodels.checkpoint import choose_device
 from seqmodels.errors import InputError
 from seqmodels.files import replacing
 from seqmodels.sweeps import free_memory, host_bytes, sweepable, two_sweeps, windows
+from seqmodels.table import Row, check_writable
 from seqmodels.tasks.genomics.inference import MEMORY, Dtype, batches_by_length
 from seqmodels.tasks.genomics.pieces import ANSWERED, Records
-from seqmodels.tasks.genomics.table import Row, check_writable
 from seqmodels.tasks.genomics.tokens import Tokens, pad_right, reverse_complement
 
 Floats = NDArray[np.float32]

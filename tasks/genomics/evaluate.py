@@ -15,12 +15,12 @@ from seqmodels.config import Targets
 from seqmodels.display import aligned
 from seqmodels.errors import InputError
 from seqmodels.files import write_json
+from seqmodels.metrics import evaluate_any
+from seqmodels.table import Row, TableWriter, check_writable
 from seqmodels.tasks.genomics.datasets import Stretch, parse_lengths, spaced_windows, taken
 from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits, label_of, scores_of
 from seqmodels.tasks.genomics.labelled import LabelledRecords, label_columns, label_ids, load_labelled, read_table
-from seqmodels.tasks.genomics.metrics import evaluate_any
 from seqmodels.tasks.genomics.pictures import PictureFormat, draw
-from seqmodels.tasks.genomics.table import Row, TableWriter, check_writable
 from seqmodels.tasks.genomics.tokens import Tokens
 
 _TABLES = (".tsv", ".tsv.gz", ".txt", ".csv", ".csv.gz", ".jsonl", ".parquet")

@@ -40,12 +40,12 @@ from seqmodels.checkpoint import choose_device
 from seqmodels.config import Targets
 from seqmodels.errors import InputError
 from seqmodels.heads import LanguageModel
+from seqmodels.table import Format, Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.inference import Dtype, Strand, load, scores_of
 from seqmodels.tasks.genomics.intervals import Interval
 from seqmodels.tasks.genomics.logo import BASES, Panel, check_picture, write_picture
 from seqmodels.tasks.genomics.manifest import manifest_of, write_manifest
 from seqmodels.tasks.genomics.pieces import ANSWERED, Intervals, Records, sources_of
-from seqmodels.tasks.genomics.table import Format, Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.tokens import MASK, A, N, T, Tokens, decode, reverse_complement
 from seqmodels.tasks.genomics.tracks import Tracks
 

@@ -13,9 +13,9 @@ from seqmodels.checkpoint import choose_device
 from seqmodels.errors import InputError
 from seqmodels.files import replacing
 from seqmodels.sampling import Sampling, sample
+from seqmodels.table import check_writable
 from seqmodels.tasks.genomics.inference import Dtype
 from seqmodels.tasks.genomics.pieces import ANSWERED, Records
-from seqmodels.tasks.genomics.table import check_writable
 from seqmodels.tasks.genomics.tokens import A, Counts, T, Tokens, decode, encode
 
 _SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".frn", ".gz", ".bgz")

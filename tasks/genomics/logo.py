@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from seqmodels.errors import InputError
 from seqmodels.files import replacing
-from seqmodels.tasks.genomics.table import check_writable
+from seqmodels.table import check_writable
 
 BASES = "ACGT"
 PER_ROW = 100  # bases

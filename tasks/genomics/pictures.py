@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from seqmodels.config import Targets
 from seqmodels.files import make_folder, replacing
-from seqmodels.tasks.genomics.metrics import Floats
+from seqmodels.metrics import Floats
 
 PictureFormat = Literal["png", "svg", "pdf"]
 _BINS = 10  # of the calibration

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from seqmodels.errors import InputError
+from seqmodels.table import Row
 from seqmodels.tasks.genomics.fasta import FastaReader, Record
 from seqmodels.tasks.genomics.indexed import IndexedFasta
 from seqmodels.tasks.genomics.intervals import Interval, parse_region, printable, read_intervals
-from seqmodels.tasks.genomics.table import Row
 from seqmodels.tasks.genomics.tokens import Counts, Tokens, count, encode_marked, reverse_complement, tokens_of
 
 ANSWERED = ("ok", "duplicate")

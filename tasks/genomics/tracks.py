@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from seqmodels.errors import InputError
 from seqmodels.files import replacing
-from seqmodels.tasks.genomics.table import Row, check_writable
+from seqmodels.table import Row, check_writable
 
 TrackFormat = Literal["bedgraph", "bigwig", "bed"]
 _SUFFIX = {"bedgraph": "bedgraph", "bigwig": "bw", "bed": "bed"}

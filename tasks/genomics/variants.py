@@ -14,10 +14,10 @@ from tqdm import tqdm
 import seqmodels
 from seqmodels.checkpoint import choose_device
 from seqmodels.errors import InputError
+from seqmodels.table import Format, Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.genome import Genome, read_genome
 from seqmodels.tasks.genomics.inference import Dtype, scores_of
 from seqmodels.tasks.genomics.intervals import printable
-from seqmodels.tasks.genomics.table import Format, Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.tokens import MASK, A, T, Tokens, encode, reverse_complement
 from seqmodels.tasks.genomics.vcf import Change, Line, VcfReader, VcfWriter, names_of, read_change
 

@@ -19,10 +19,10 @@ from Bio import bgzf
 import seqmodels
 from seqmodels.config import AttentionConfig, BackboneConfig, HeadConfig
 from seqmodels.errors import InputError
+from seqmodels.table import TableWriter
 from seqmodels.tasks.genomics import inference
 from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.inference import Classifier, batches_by_length
-from seqmodels.tasks.genomics.table import TableWriter
 from seqmodels.tasks.genomics.tokens import encode
 
 

@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 
 import seqmodels
 from seqmodels.errors import InputError
+from seqmodels.metrics import evaluate_any, evaluate_scores
 from seqmodels.tasks.genomics import pictures
 from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.evaluate import evaluate
-from seqmodels.tasks.genomics.metrics import evaluate_any, evaluate_scores
 from seqmodels.tasks.genomics.pictures import draw
 from seqmodels.tasks.genomics.tokens import encode
 

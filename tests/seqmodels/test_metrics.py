@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError
 
-from seqmodels.tasks.genomics import metrics
-from seqmodels.tasks.genomics.metrics import METRICS, evaluate_labels, evaluate_scores, evaluate_values
+from seqmodels import metrics
+from seqmodels.metrics import METRICS, evaluate_labels, evaluate_scores, evaluate_values
 
 
 def sample(seed, n=60, classes=3):

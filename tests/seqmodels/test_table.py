@@ -10,7 +10,7 @@ import pytest
 
 from seqmodels.display import aligned
 from seqmodels.errors import InputError
-from seqmodels.tasks.genomics.table import TableWriter, format_of
+from seqmodels.table import TableWriter, format_of
 
 COLUMNS = {"name": str, "count": int, "part": float}
 ROWS = [
