@@ -121,7 +121,8 @@ class OwnStack:
         """Whether these layers, their weights as they are now, can run as one compiled function after these states."""
         layers: list[Any] = list(stack.layers)
         return (
-            len(layers) > 0
+            isinstance(states, tuple)
+            and len(layers) > 0
             and all(isinstance(state, SSMState) for state in states)
             and all(isinstance(layer.mixer, Mamba2) and layer.mlp is None for layer in layers)
             and all(layer.mixer.config == layers[0].mixer.config for layer in layers)

@@ -23,7 +23,8 @@ class Decoder:
     the model is simply called. Weights must not change meanwhile.
 
     `then` is what follows the logits (b, vocabulary), for example the choice of the next token: it becomes part of the
-    graph, so all that it reads and writes from step to step must be tensors that stay where they are.
+    graph, so all that it reads and writes from step to step must be tensors that stay where they are. So must the ids,
+    which it may overwrite with the next ones: then a step is nothing but the replay.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class Decoder:
         if step < 2 * self._period:
             self._recorded.append(self._record(ids, last=step == 2 * self._period - 1))
         graph, static_ids, result, self._state = self._recorded[step % self._period]
-        static_ids.copy_(ids)
+        if static_ids is not ids:
+            static_ids.copy_(ids)
         graph.replay()
         return result
 
@@ -66,20 +68,15 @@ class Decoder:
             return state
 
         def stacked(stack: Any, states: Any) -> Any:
-            return (
-                OwnStack(stack, states)
-                if not isinstance(states, OwnStack) and OwnStack.takes(stack, states)
-                else states
-            )
+            return OwnStack(stack, states) if OwnStack.takes(stack, states) else states
 
         backbone = self.model.backbone
         if isinstance(backbone, Backbone):
             return state._replace(layers=stacked(backbone, state.layers))
-        stages = [
-            stage._replace(down=stacked(part, stage.down)) for part, stage in zip(backbone.down, state, strict=True)
-        ]
-        ups = [stage._replace(up=stacked(part, stage.up)) for part, stage in zip(backbone.up, stages, strict=False)]
-        return (*ups, stages[-1])
+        downs = zip(backbone.down, state, strict=True)
+        stages = [stage._replace(down=stacked(part, stage.down)) for part, stage in downs]
+        ups = zip(backbone.up, stages, strict=False)  # the centre has none
+        return (*(stage._replace(up=stacked(part, stage.up)) for part, stage in ups), stages[-1])
 
     def _call(self, ids: Tensor) -> tuple[Tensor, Any]:
         logits, state = self.model(ids, self._state, conditions=self.conditions)
@@ -89,7 +86,7 @@ class Decoder:
         """The graph of this step, its ids, its result and the state it leaves: where the first of a period found it."""
         if not self._recorded:
             self._first, self._pool = self._state, torch.cuda.graph_pool_handle()
-        graph, static_ids = torch.cuda.CUDAGraph(), ids.clone()
+        graph, static_ids = torch.cuda.CUDAGraph(), ids.clone() if self.then is None else ids
         with torch.cuda.device_of(ids), torch.cuda.graph(graph, pool=self._pool):
             result, state = self._call(static_ids)
             if last:
@@ -98,6 +95,11 @@ class Decoder:
                         old.copy_(new)
                 state = self._first
         return graph, static_ids, result, state
+
+
+def map_state(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A model's state with function(tensor) for all its tensors, for example to repeat its rows."""
+    return _map(state, lambda part: function(part) if isinstance(part, Tensor) else SSMState(*map(function, part)))
 
 
 def _map(state: Any, function: Any) -> Any:

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from seqmodels.decoding import Decoder
 from seqmodels.errors import InputError
+from seqmodels.kernels.draw import Draws, draw_step
 
 PREFILL = 65536  # positions per forward pass over a prompt: bounds memory at any length of it
-CHECK = 32  # steps between looks at whether all rows have ended: a look waits for the device
-DRAWS = 1024  # random numbers that a row draws at a time
+CHECK = 256  # steps between looks at whether all rows have ended: a look waits for the device
+DRAWS = 1024  # steps whose random numbers, tokens and log-probabilities are on the device at a time
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Sampling:
     "Only the k most likely tokens; 0 means all."
     top_p: float = 1.0
     "Only the most likely tokens that together reach this probability; 1 means all."
+    guidance: float = 1.0
+    """Logits u + guidance * (c - u) of a model told the conditions (c) and not told them (u): classifier-free guidance
+    (Ho and Salimans, 2022). 1 is c alone; above, the conditions say more; 0 is u."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not math.isfinite(self.temperature):
@@ -37,6 +41,112 @@ class Sampling:
             raise InputError(f"top_k is {self.top_k}; expected 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; expected more than 0 and at most 1")
+        if not math.isfinite(self.guidance):
+            raise InputError(f"guidance is {self.guidance}; expected a number, 1 for none")
+
+
+class Kept(NamedTuple):
+    """Where a `Sampler` stands: all that another one, here or elsewhere, needs to go on as this one would."""
+
+    model: Any
+    "State of the model after the last token but one."
+    ids: Tensor
+    "(rows, 1) int64: the last token, which the model has not read."
+    alive: Tensor
+    "(b,) bool: rows that have not drawn the end."
+    step: int
+    "Tokens drawn so far."
+
+
+class Sampler:
+    """Draws tokens that go on from a prompt, as many at a time as are asked for.
+
+    Row i draws by seeds[i] alone. `barred` tokens are never drawn, `end` not before step `shortest`. With guidance the
+    model reads 2 b rows, the first b told their conditions, the others not.
+
+    Nothing waits for the device from step to step; all that changes stays there in place, for a CUDA graph.
+    """
+
+    def __init__(
+        self, model: Any, after: "tuple[Tensor, Any] | Kept", *, seeds: Sequence[tuple[int, ...]], sampling: Sampling,
+        barred: Sequence[int] = (), end: int | None = None, shortest: int = 0, conditions: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """after: the logits (rows, vocabulary) after the prompt and the model's state, or what `keep` gave."""
+        device, b = model.device, len(seeds)
+        rows = b if sampling.guidance == 1 else 2 * b
+        kept = after if isinstance(after, Kept) else None
+        logits, state = (None, kept.model) if kept else after
+        found = len(kept.ids) if kept else len(logits)
+        if found != rows:
+            raise InputError(
+                f"the state has {found} rows, but this sampling needs {rows}; go on with the same settings"
+            )
+        self._first, self._step = logits, kept.step if kept else 0
+        self._seeds, self._device, self._rows = seeds, device, rows
+        self._barred = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
+        self._barred[list(barred)] = True
+        self._draws = Draws(
+            uniform=torch.empty(b, DRAWS, dtype=torch.float64, device=device),
+            step=torch.full((b,), self._step, device=device),
+            tokens=torch.empty(b, DRAWS, dtype=torch.int64, device=device),
+            nats=torch.empty(b, DRAWS, device=device),
+            ids=kept.ids.clone() if kept else torch.empty(rows, 1, dtype=torch.int64, device=device),
+            alive=kept.alive.clone() if kept else torch.ones(b, dtype=torch.bool, device=device),
+        )
+        self._options: dict[str, Any] = {
+            "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
+            "guidance": sampling.guidance, "end": -1 if end is None else end, "shortest": shortest,
+        }  # fmt: skip
+        self._decoder = Decoder(model, state, conditions, self._draw)
+        self._draw_numbers()
+
+    @torch.inference_mode()
+    def __call__(self, steps: int) -> tuple[Tensor, Tensor]:
+        """The next tokens (b, steps) and their log-probabilities at temperature 1; after a row's end, nothing means."""
+        tokens, nats = [], []
+        with _threads(self._device, self._rows):
+            while steps:
+                column = self._step % DRAWS
+                if column == 0:
+                    self._draw_numbers()
+                count = min(steps, DRAWS - column)
+                for _ in range(count):
+                    self._next()
+                steps -= count
+                tokens.append(self._draws.tokens[:, column : column + count].clone())
+                nats.append(self._draws.nats[:, column : column + count].clone())
+        return torch.cat(tokens, 1), torch.cat(nats, 1)
+
+    @property
+    def alive(self) -> Tensor:
+        """(b,) bool: rows that have not drawn the end."""
+        return self._draws.alive
+
+    def keep(self) -> Kept:
+        """Where this sampler stands now; its own going on does not change it."""
+        return Kept(self._decoder.state, self._draws.ids.clone(), self._draws.alive.clone(), self._step)
+
+    def _next(self) -> None:
+        if self._first is not None:
+            self._draw(self._first)
+            self._first = None
+        else:
+            self._decoder(self._draws.ids)
+        self._step += 1
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        draw_step(logits, self._barred, self._draws, **self._options)
+        return self._draws.ids
+
+    def _draw_numbers(self) -> None:
+        """The random numbers of the DRAWS steps around the next one."""
+        begun = self._step - self._step % DRAWS
+        numbers = []
+        for seed in self._seeds:
+            generator = np.random.default_rng(seed)
+            generator.bit_generator.advance(begun)
+            numbers.append(generator.random(DRAWS))
+        self._draws.uniform.copy_(torch.from_numpy(np.stack(numbers)))
 
 
 @torch.inference_mode()
@@ -48,82 +158,28 @@ def sample(
     seeds: Sequence[tuple[int, ...]],
     sampling: Sampling,
     barred: Sequence[int] = (),
-    end: int | None = None,
-    shortest: int = 0,
-    conditions: Tensor | None = None,
     progress: Callable[[int], Any] = lambda tokens: None,
-) -> tuple[Tensor, Tensor, float]:
-    """Tokens after ids (b, l) and their log-probabilities (b, steps) at temperature 1, and the seconds it took.
-
-    There are `limit` steps, or fewer when every row has drawn `end`, which comes after `shortest` steps at the
-    earliest; what follows it in a row means nothing. `barred` tokens are never drawn. Row i draws by seeds[i] alone.
-    The seconds are without those for the prompt; `progress` is told of decoded tokens.
-    """
-    conditions = torch.empty(len(ids), 0, dtype=torch.int64) if conditions is None else conditions
-    logits, state = prefill(model, ids, conditions, model.device)
-    choose = _Chooser(model, sampling, seeds, limit, barred, end, shortest)
-    started = time.perf_counter()
-    with _threads(model.device, len(ids)):
-        tokens, nats = _decode(Decoder(model, state, _given(conditions), choose), choose, logits, limit, progress)
-    return tokens, nats, time.perf_counter() - started
-
-
-class _Chooser:
-    """Draws each row's next token with random numbers of its own; barred ones never, the end not before the shortest.
-
-    All that changes from step to step is on the device, in place, so that a CUDA graph can hold a step.
-    """
-
-    def __init__(
-        self, model: Any, sampling: Sampling, seeds: Sequence[tuple[int, ...]], limit: int, barred: Sequence[int],
-        end: int | None, shortest: int,
-    ) -> None:  # fmt: skip
-        self.sampling, self.end, self.shortest, device = sampling, end, shortest, model.device
-        self.generators = [np.random.default_rng(seed) for seed in seeds]
-        self.barred = torch.zeros(2, model.config.vocab_size, device=device)  # [0]: while too short to end, [1]: later
-        self.barred[:, list(barred)] = -torch.inf
-        if end is not None:
-            self.barred[0, end] = -torch.inf
-        rows = len(seeds)
-        self.uniform = torch.empty(rows, DRAWS, dtype=torch.float64, device=device)
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        self.tokens = torch.empty(rows, limit, dtype=torch.int64, device=device)
-        self.nats = torch.empty(rows, limit, device=device)
-        self.alive = torch.ones(rows, dtype=torch.bool, device=device)
-
-    def draw_numbers(self) -> None:
-        """For the next DRAWS steps."""
-        uniform = np.stack([generator.random(DRAWS) for generator in self.generators])
-        self.uniform.copy_(torch.from_numpy(uniform))
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Tokens (b, 1) from logits (b, vocab); notes them and their log-probabilities."""
-        log_p = logits.float().log_softmax(-1)
-        barred = self.barred.index_select(0, (self.step >= self.shortest).long())
-        token = draw(log_p + barred, self.uniform.index_select(1, self.step % DRAWS), self.sampling)
-        self.tokens.index_copy_(1, self.step, token)
-        self.nats.index_copy_(1, self.step, log_p.gather(1, token))
-        if self.end is not None:
-            self.alive &= token[:, 0] != self.end
-        self.step += 1
-        return token
-
-
-def _decode(
-    decoder: Decoder, choose: _Chooser, logits: Tensor, limit: int, progress: Callable[[int], Any]
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and their log-probabilities (b, steps), until `limit` or until every row has ended."""
-    choose.draw_numbers()
-    token = choose(logits)
-    for step in range(1, limit):
-        if step % CHECK == 0:
-            progress(CHECK * len(logits))
-            if not choose.alive.any():
-                return choose.tokens[:, :step], choose.nats[:, :step]
-        if step % DRAWS == 0:
-            choose.draw_numbers()
-        token = decoder(token)
-    return choose.tokens, choose.nats
+    """`limit` tokens after ids (b, l) and their log-probabilities (b, limit) at temperature 1, by a `Sampler`.
+
+    `progress` is told of decoded tokens.
+    """
+    sampler = Sampler(model, prefill(model, [ids]), seeds=seeds, sampling=sampling, barred=barred)
+    return run(sampler, limit, progress=progress)[:2]
+
+
+def run(
+    sampler: Sampler, limit: int, *, progress: Callable[[int], Any] = lambda tokens: None
+) -> tuple[Tensor, Tensor, float]:
+    """`limit` tokens (b, limit), fewer once all rows have ended; their log-probabilities; and the seconds it took."""
+    parts, started = [], time.perf_counter()
+    for begun in range(0, limit, CHECK):
+        parts.append(sampler(min(CHECK, limit - begun)))
+        progress(parts[-1][0].numel())
+        if not sampler.alive.any():
+            break
+    tokens, nats = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return tokens, nats, time.perf_counter() - started
 
 
 @contextmanager
@@ -139,30 +195,14 @@ def _threads(device: torch.device, rows: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _given(conditions: Tensor) -> Tensor | None:
-    return conditions if conditions.shape[1] else None
-
-
-def prefill(model: Any, ids: Tensor, conditions: Tensor, device: Any, chunk: int = PREFILL) -> tuple[Tensor, Any]:
-    """Logits (b, vocab) after ids (b, l) and the state, reading at most `chunk` positions at a time."""
+@torch.inference_mode()
+def prefill(
+    model: Any, blocks: Iterable[Tensor], conditions: Tensor | None = None, chunk: int = PREFILL
+) -> tuple[Tensor, Any]:
+    """Logits (b, vocab) after a prompt, and the state; the prompt comes in blocks (b, l), which together may be longer
+    than memory, and is read at most `chunk` positions at a time."""
     state, logits = None, torch.empty(0, 1)
-    for part in ids.split(max(1, chunk // len(ids)), dim=1):
-        logits, state = model(part.to(device), state, conditions=_given(conditions))
+    for block in blocks:
+        for part in block.split(max(1, chunk // len(block)), dim=1):
+            logits, state = model(part.to(model.device), state, conditions=conditions)
     return logits[:, -1], state
-
-
-def draw(log_p: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Tokens (b, 1) at the quantiles `uniform` (b, 1) in [0, 1) of exp(log_p) (b, vocab), filtered."""
-    if sampling.temperature == 0:
-        return log_p.argmax(-1, keepdim=True)
-    if sampling.temperature != 1:
-        log_p = log_p / sampling.temperature
-    if 0 < sampling.top_k < log_p.shape[-1]:
-        log_p = log_p.masked_fill(log_p < log_p.topk(sampling.top_k).values[:, -1:], -torch.inf)
-    p = log_p.double().softmax(-1)  # float64: a token of probability zero is never drawn by rounding
-    if sampling.top_p < 1:
-        ordered = p.sort(descending=True).values
-        kept = ordered.cumsum(-1) - ordered < sampling.top_p
-        p = p * (p >= ordered.masked_fill(~kept, 2.0).amin(-1, keepdim=True))
-    cumulative = p.cumsum(-1)
-    return (cumulative <= uniform * cumulative[:, -1:]).sum(-1, keepdim=True)

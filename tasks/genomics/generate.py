@@ -100,7 +100,7 @@ def generate(
             for first in range(0, number, batch):
                 items = range(first, min(first + batch, number))
                 seeds = [(seed, place, item) for item in items]
-                made, nats, _ = sample(
+                made, nats = sample(
                     network, ids.expand(len(items), -1), bases, seeds=seeds, sampling=sampling, barred=barred,
                     progress=progress.update,
                 )  # fmt: skip

@@ -9,7 +9,8 @@ import torch
 from seqmodels.config import ConditionConfig, HeadConfig, Mamba2Config, ModelConfig, MultiscaleConfig, StageConfig
 from seqmodels.errors import InputError
 from seqmodels.heads import build
-from seqmodels.sampling import Sampling, draw, prefill
+from seqmodels.kernels.draw import draw
+from seqmodels.sampling import Sampling, prefill
 from seqmodels.tasks.audio.datasets import lay_out
 from seqmodels.tasks.audio.evaluate import score
 from seqmodels.tasks.audio.generate import generate, label_ids, prompt_labels
@@ -131,9 +132,9 @@ def test_a_prompt_read_in_chunks_leads_to_the_same_logits_as_in_one_piece(model)
     ids = torch.randint(0, 256, (2, 501), generator=torch.Generator().manual_seed(0))
     labels = label_ids(CONDITIONS, {"digit": "one"}).expand(2, -1)
     with torch.inference_mode():
-        whole, _ = prefill(model, ids, labels, "cpu")
+        whole, _ = prefill(model, [ids], labels)
         for chunk in (2, 14, 200, 999):
-            parts, _ = prefill(model, ids, labels, "cpu", chunk=chunk)
+            parts, _ = prefill(model, ids.split(100, 1), labels, chunk=chunk)
             torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
 
 
@@ -184,7 +185,7 @@ def test_bits_of_generated_sound_are_the_bits_that_evaluation_finds(model):
 def test_drawing_at_even_quantiles_gives_every_token_its_probability():
     log_p = torch.randn(1, 258, generator=torch.Generator().manual_seed(0)).mul(2).log_softmax(-1)
     uniform = (torch.arange(20000, dtype=torch.float64) + 0.5)[:, None] / 20000
-    tokens = draw(log_p.expand(20000, -1), uniform, Sampling())
+    tokens = draw(log_p.expand(20000, -1), uniform)
     frequency = torch.bincount(tokens[:, 0], minlength=258) / 20000
     assert (frequency - log_p.exp()[0]).abs().max() <= 1.001 / 20000
 
@@ -204,7 +205,7 @@ def test_filters_agree_with_their_definition(temperature, top_k, top_p):
         p[np.setdiff1d(order, kept)] = 0
         p /= p.sum()
     uniform = (torch.arange(20000, dtype=torch.float64) + 0.5)[:, None] / 20000
-    tokens = draw(log_p.expand(20000, -1), uniform, Sampling(temperature, top_k, top_p))
+    tokens = draw(log_p.expand(20000, -1), uniform, temperature, top_k, top_p)
     frequency = np.bincount(tokens[:, 0].numpy(), minlength=258) / 20000
     assert np.abs(frequency - p).max() <= 1.001 / 20000
 
@@ -212,7 +213,7 @@ def test_filters_agree_with_their_definition(temperature, top_k, top_p):
 def test_the_extreme_quantiles_never_draw_a_barred_token():
     log_p = torch.zeros(2, 258).log_softmax(-1)
     log_p[:, [0, 256, 257]] = -torch.inf
-    tokens = draw(log_p, torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64), Sampling())
+    tokens = draw(log_p, torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64))
     assert tokens[:, 0].tolist() == [1, 255]
 
 
