@@ -27,6 +27,7 @@ COMMANDS = {
         "variants": "seqmodels.tasks.genomics.variants",
     },
     "audio": {
+        "classify": "seqmodels.tasks.audio.classify",
         "data": "seqmodels.tasks.audio.public",
         "generate": "seqmodels.tasks.audio.commands",
         "evaluate": "seqmodels.tasks.audio.commands",
@@ -46,6 +47,7 @@ USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help ex
   longseq dna train DATA RUN          train a classifier on your own data
   longseq dna variants VCF            score the variants of a VCF file: a table or VCF
   longseq audio data list|get|info    public sets of recordings by name, and what a set holds
+  longseq audio classify FILE...      label recordings or windows of them: a table, one row each
   longseq audio generate --prompt P   make sound from a label or the start of a recording
   longseq audio evaluate DATA         bits per sample of recordings
   longseq audio train DATA RUN        train on your own recordings"""

@@ -8,13 +8,14 @@ of -ln p(true class); ece the expected calibration error (Guo et al., 2017): the
 accuracy in `BINS` bins of the confidence, which is the probability of the class that is predicted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from seqmodels.config import Targets
+from seqmodels.display import aligned
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -95,6 +96,30 @@ def evaluate_values(targets: Floats, scores: Floats, *, resamples: int = 1000, s
     """
     counts = (~np.isnan(targets)).sum(0)
     return _evaluate_columns(VALUE_METRICS, _value_metrics, targets, scores, counts, resamples, seed)
+
+
+def as_tables(result: dict[str, Any], classes: Sequence[str]) -> str:
+    """A result as text: a line per metric, a line per class, and the confusion matrix if there is one."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    rows = []
+    for name, values in result["metrics"].items():
+        interval = f"{number(values['low'])} to {number(values['high'])}" if "low" in values else ""
+        rows.append({"metric": name, "value": number(values["value"]), "95 % interval": interval})
+    heading = "class" if "confusion" in result else "label"
+    each = [
+        {heading: name, **{k: v if k == "n" else number(v["value"]) for k, v in own.items()}}
+        for name, own in zip(classes, result["per_class"], strict=True)
+    ]
+    tables = [rows, each]
+    if "confusion" in result:
+        counts = zip(classes, result["confusion"], strict=True)
+        tables.append([
+            {"true \\ predicted": name, **dict(zip(classes, counted, strict=True))} for name, counted in counts
+        ])  # fmt: skip
+    return "\n".join(aligned(table, [*table[0]]) for table in tables)
 
 
 def _evaluate_columns(

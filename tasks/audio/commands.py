@@ -140,6 +140,8 @@ def evaluate(
 ) -> None:
     """Bits per sample of recordings under a model: overall, and for each value of each condition.
 
+    Of a classifier: accuracy and more with 95 % bootstrap intervals, the same of each class, and the confusion matrix.
+
     Args:
         data: A folder, zip or tar of recordings.
         model: A shipped model's name, a checkpoint folder, or a name on the Hugging Face hub.
@@ -149,7 +151,8 @@ def evaluate(
         validation: Validation recordings: a rule such as index=5-9, or a fraction of what test leaves; by default
             split=validation if the table has such rows, else 0.1.
         split_seed: Seed of the fractions above.
-        conditions: Columns of the model's conditions, as name=column,...; by default found by their values.
+        conditions: Columns of the model's conditions, as name=column,..., or the column of a classifier's labels; by
+            default found by their values.
         text: Column of the text that the model is told, if it was trained with text.
         labels: Whether the model is told the labels.
         output: JSON file to write the results to.
@@ -180,6 +183,20 @@ def evaluate(
         chosen = parts[split]
         if len(chosen) == 0:
             raise InputError(f"the split {split!r} has no recordings; say which with --{split} or use --split all")
+    facts = {"model": model, "weights_sha256": weights_sha256(model), "data": str(data), "split": split}
+    if network.config.head.task == "sequence":
+        from seqmodels.metrics import as_tables
+        from seqmodels.tasks.audio.classify import classes_of, evaluate_classifier
+
+        classes = classes_of(network, model)
+        with _progress(len(chosen), "clips") as bar:
+            results = evaluate_classifier(
+                network, recordings.select(chosen), conditions, batch_tokens=batch_tokens, progress=bar.update
+            )
+        print(f"{results['n']} recordings\n{as_tables(results, classes)}")
+        if output is not None:
+            write_json(output, facts | results | {"versions": versions()})
+        return
     rows = recordings.rows[chosen]
     ids = match_conditions(rows, network.config.conditions, conditions)
     told = ids if labels else np.tile([len(c.values) for c in network.config.conditions], (len(ids), 1))
@@ -190,7 +207,6 @@ def evaluate(
     results = report(scores, network.config.conditions, ids)
     print(as_table(results))
     if output is not None:
-        facts = {"model": model, "weights_sha256": weights_sha256(model), "data": str(data), "split": split}
         write_json(output, facts | {"labels_told": labels, "text_told": text} | results | {"versions": versions()})
 
 

@@ -82,6 +82,23 @@ def open_recordings(data: Path, table: Path | None = None) -> Recordings:
     return Recordings(source, rows)
 
 
+def sound_files(data: Path) -> Iterator[tuple[str, Path | io.BytesIO]]:
+    """Name and content of a recording, or of each in a folder, zip or tar, whose name comes first."""
+    if data.is_file() and is_audio_name(data):
+        yield str(data), data
+        return
+    if not data.exists():
+        raise InputError(f"{data}: no such file or folder; give a recording, or a folder, zip or tar of them")
+    source, names = _list_source(data)
+    wanted = sorted(filter(is_audio_name, names))
+    if not wanted:
+        raise InputError(f"{data}: holds no recordings; expected .wav, .flac, .ogg or .mp3 files")
+    if source.is_dir():
+        yield from ((str(source / name), source / name) for name in wanted)
+    else:
+        yield from ((f"{source}:{name}", io.BytesIO(content)) for name, content in _members(source, set(wanted)))
+
+
 def _list_source(data: Path) -> tuple[Path, list[str]]:
     """The folder or archive, and the names of its files."""
     if data.is_dir():

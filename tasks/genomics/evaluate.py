@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from seqmodels.config import Targets
-from seqmodels.display import aligned
 from seqmodels.errors import InputError
 from seqmodels.files import write_json
-from seqmodels.metrics import evaluate_any
+from seqmodels.metrics import as_tables, evaluate_any
 from seqmodels.table import Row, TableWriter, check_writable
 from seqmodels.tasks.genomics.datasets import Stretch, parse_lengths, spaced_windows, taken
 from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits, label_of, scores_of
@@ -105,7 +104,7 @@ def evaluate(
     with TableWriter(predictions, _columns(targets, classes)) if predictions is not None else nullcontext() as table:
         for of in samples:
             results.append({"window": of.window, **evaluate_any(targets, *of.pair, resamples=resamples, seed=seed)})
-            print(_shown(results[-1], classes), flush=True)
+            print(f"{_what(results[-1])}\n{as_tables(results[-1], classes)}", flush=True)
             if table is not None:
                 table.write(list(_rows(of, targets, classes)))
             if pictures is not None:
@@ -263,30 +262,6 @@ def _rows(of: Samples, targets: Targets, classes: tuple[str, ...]) -> Iterator[R
             row |= {"label": label_of(scores, classes, targets), "prob": float(scores.max())}
             row |= {f"p_{c}": float(p) for c, p in zip(classes, scores, strict=True)}
         yield row
-
-
-def _shown(result: dict[str, Any], classes: tuple[str, ...]) -> str:
-    """A result as text: a line per metric, a line per class, and the confusion matrix."""
-
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    rows = []
-    for name, values in result["metrics"].items():
-        interval = f"{number(values['low'])} to {number(values['high'])}" if "low" in values else ""
-        rows.append({"metric": name, "value": number(values["value"]), "95 % interval": interval})
-    heading = "class" if "confusion" in result else "label"
-    each = [
-        {heading: name, **{k: v if k == "n" else number(v["value"]) for k, v in own.items()}}
-        for name, own in zip(classes, result["per_class"], strict=True)
-    ]
-    tables = [rows, each]
-    if "confusion" in result:
-        counts = zip(classes, result["confusion"], strict=True)
-        tables.append([
-            {"true \\ predicted": name, **dict(zip(classes, counted, strict=True))} for name, counted in counts
-        ])  # fmt: skip
-    return "\n".join([_what(result), *(aligned(table, [*table[0]]) for table in tables)])
 
 
 def _what(result: dict[str, Any]) -> str:
