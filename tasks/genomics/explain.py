@@ -3,16 +3,18 @@
 Mutagenesis, exact: each base is exchanged for the three others, one at a time, and the model reads what has become of
 the sequence. A model that reads in one direction goes on from its state before the base.
 
-Gradient, to first order: the gradient of the score at the model's embedding, times the change that each exchange makes
-there. With embeddings of k-mers this is the gradient for a one-hot sequence x (l, 4) whose words are looked up as
+Gradient, to first order: what enters the layers is looked up for each base, and normalised; the gradient of the score
+there, times the change that each exchange makes there. With embeddings of k-mers this is the gradient for a one-hot
+sequence x (l, 4) whose words are looked up, embedded and normalised, as
 
     e[i] = sum over words w of  x[i - k + 1, w[1]] * ... * x[i, w[k]] * table[w],
 
-so that all words with a base count. Only differences between the four bases of a place mean something, since a one-hot
-row adds up to 1: gradients are given minus their mean over the four (Majdandzic et al., Genome Biology 24:109, 2023).
+so that all words with a base count. (Looked up before the norm, which changes direction from base to base, gradients
+say little.) Only differences between the four bases of a place mean something, since a one-hot row adds up to 1:
+gradients are given minus their mean over the four (Majdandzic et al., Genome Biology 24:109, 2023).
 
 Importance of a base, either way: the score that it gives, minus the mean of the scores that the four bases give in its
-place. With gradients that is gradient x input; of a model that is linear in its embedding both are the same.
+place. With gradients that is gradient x input; of a model that is linear in what it looks up both are the same.
 
     explainer = Explainer("runs/mine/model", strand="both")
     changes = explainer.mutagenesis(encode(b"ACGTTGCA")).scores  # (8, 4, classes)
@@ -97,8 +99,9 @@ def explain(
     sequences (l, for a masked-token model); of one that reads in one direction only what follows the base.
 
     gradient (gradient x input): what the gradient makes of the same exchanges, from one reading; an approximation that
-    is good where the model is nearly linear. One row per base. It goes through embeddings of single bases and of
-    k-mers (every word with the base counts). Not for masked-token models and not for k-mer regressions.
+    is good where the model is nearly linear; try it beside mutagenesis on some sequences first. One row per base. It
+    goes through embeddings of single bases and of k-mers (every word with the base counts). Not for masked-token models
+    and not for k-mer regressions.
 
     The importance of a base is the score that it gives minus the mean of the scores that A, C, G and T give in its
     place: positive where the base speaks for the class, negative where it speaks against it.
@@ -384,29 +387,30 @@ class Explainer:
         classes: list[int] | None = None,
         advance: Callable[[float], Any] = lambda bases: None,
     ) -> Effects:
-        """Effects of the same exchanges to first order in the embedding."""
+        """Effects of the same exchanges to first order in what is looked up for each base."""
         classes = list(range(len(self.classes))) if classes is None else classes
         bases = tokens[start:end]
         places = start + np.flatnonzero(is_base(bases))
         readings = self._readings(tokens)
-        outputs, embedded = list[Tensor](), list[tuple[Tensor, Tensor, bool]]()
+        outputs, looked_up, texts = list[Tensor](), list[Tensor](), list[list[tuple[Tokens, bool]]]()
         values = np.zeros((len(places), 4, len(classes)))
         for reading, turned in readings:
             ids = self._ids(reading[None])
-            with torch.enable_grad(), self._embedding() as kept:
+            with torch.enable_grad(), self._kept() as kept:
                 outputs.append(self.model(ids)[0].double())
-            embedded += [(rows, x, turned) for rows, x in kept]
+            looked_up += kept
+            rows = [(reading, turned), (reverse_complement(reading), not turned)]  # the other strand, if it is read too
+            texts += [rows[: len(x)] for x in kept]
             if self.predicts_bases:  # the base is predicted, too
                 direct = self.model.log_p(ids)[0][0].cpu().numpy()[..., None]
                 values += (direct[::-1, ::-1] if turned else direct)[places] / len(readings)
         mean = torch.stack(outputs).mean(0)
-        odds, inputs = log_odds(mean, self.targets), [x for _, x, _ in embedded]
-        slopes = [torch.autograd.grad(odds[number], inputs, retain_graph=True) for number in classes]
-        for i, (rows, _, given_turned) in enumerate(embedded):
-            for strand, row in enumerate(rows):  # the second one, if there is, is the other strand
-                turned = given_turned != bool(strand)
+        odds = log_odds(mean, self.targets)
+        slopes = [torch.autograd.grad(odds[number], looked_up, retain_graph=True) for number in classes]
+        for i, rows in enumerate(texts):
+            for row, (text, turned) in enumerate(rows):
                 at = len(tokens) - 1 - places[::-1] if turned else places
-                found = self._through_embedding(row, torch.stack([slope[i][strand] for slope in slopes], -1), at)
+                found = self._times_lookup(text, torch.stack([slope[i][row] for slope in slopes], -1), at)
                 values += found[::-1, ::-1] if turned else found
         advance(len(places))
         changes = np.full((len(bases), *values.shape[1:]), np.nan)
@@ -471,30 +475,36 @@ class Explainer:
             advance(len(here))
         return values
 
+    @property
+    def _first_norm(self) -> Any:
+        """What meets the embedding first."""
+        return self.backbone.layers[0].norm if len(self.backbone.layers) else self.backbone.norm_f
+
     @contextmanager
-    def _embedding(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """What the backbone embeds meanwhile: ids (b, l), and what enters the layers (b, l, d), to be derived by."""
-        kept, embed = list[tuple[Tensor, Tensor]](), self.backbone.embed
+    def _kept(self) -> Iterator[list[Tensor]]:
+        """What enters the layers meanwhile (b, l, 2 d), to be derived by: normalised, and as it is."""
+        kept = list[Tensor]()
 
-        def embed_and_keep(ids: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
-            x, recent = embed(ids, *rest)
-            kept.append((ids, x.detach().requires_grad_()))
-            return kept[-1][1], recent
+        def keep(_: Any, __: Any, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            x, residual = found
+            kept.append(torch.cat([x.to(residual.dtype), residual], -1).detach().requires_grad_())
+            new, new_residual = kept[-1].chunk(2, -1)
+            return new.to(x.dtype), new_residual
 
-        self.backbone.embed = embed_and_keep
+        hook = self._first_norm.register_forward_hook(keep)
         try:
             yield kept
         finally:
-            del self.backbone.embed
+            hook.remove()
 
     @torch.no_grad()
-    def _through_embedding(self, ids: Tensor, slopes: Tensor, places: NDArray[np.int64]) -> Floats:
-        """slopes (l, d, k) times the embedding of ids (l,) with A, C, G, T at each of m places: (m, 4, k).
+    def _times_lookup(self, tokens: Tokens, slopes: Tensor, places: NDArray[np.int64]) -> Floats:
+        """slopes (l, 2 d, k) times what enters the layers with A, C, G, T at each of m places: (m, 4, k).
 
-        Only what the place has a part in is added up: its own embedding, and those of the k-mers with it.
+        Only what the place has a part in is added up: its own step, and those of the k-mers with it.
         """
         reach = 0 if self.backbone.kmer is None else self.backbone.kmer.k - 1
-        ids = F.pad(ids, (reach, reach), value=N)  # no k-mers beyond the ends, as in the sequence
+        ids = F.pad(self._ids(tokens), (reach, reach), value=N)  # no k-mers beyond the ends, as in the sequence
         slopes = F.pad(slopes.double(), (0, 0, 0, 0, 0, reach))
         around = torch.arange(2 * reach + 1, device=ids.device)
         result = [np.zeros((0, 4, slopes.shape[-1]))]
@@ -503,8 +513,9 @@ class Explainer:
             windows = ids[here + around][:, None].repeat(1, 4, 1)
             windows[:, :, reach] = torch.arange(A, T + 1, device=ids.device)
             x, _ = self.backbone.embed(windows.flatten(0, 1), None, None, None, None)
-            x = x[:, reach:].unflatten(0, (-1, 4)).double()
-            result.append(torch.einsum("mbrd,mrdk->mbk", x, slopes[here + around[: reach + 1]]).cpu().numpy())
+            both = torch.cat(self._first_norm(x[:, reach:], None, self.backbone.residual_in_fp32), -1)
+            both = both.unflatten(0, (-1, 4)).double()
+            result.append(torch.einsum("mbrd,mrdk->mbk", both, slopes[here + around[: reach + 1]]).cpu().numpy())
         return np.concatenate(result)
 
 
