@@ -31,6 +31,9 @@ COMMANDS = {
         "data": "seqmodels.tasks.audio.public",
         "generate": "seqmodels.tasks.audio.commands",
         "evaluate": "seqmodels.tasks.audio.commands",
+        "judge": "seqmodels.tasks.audio.judges",
+        "metrics": "seqmodels.tasks.audio.measure",
+        "render": "seqmodels.tasks.audio.scores",
         "train": "seqmodels.tasks.audio.train",
     },
 }
@@ -50,6 +53,9 @@ USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help ex
   longseq audio classify FILE...      label recordings or windows of them: a table, one row each
   longseq audio generate --prompt P   make sound from a label or the start of a recording
   longseq audio evaluate DATA         bits per sample of recordings
+  longseq audio judge DATA FOLDER     train classifiers that judge generated speech
+  longseq audio metrics MADE DATA     what they recognise in it, beside real recordings and controls
+  longseq audio render SCORES FOLDER  scores played by simple instruments, as long recordings
   longseq audio train DATA RUN        train on your own recordings"""
 
 
