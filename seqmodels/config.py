@@ -263,6 +263,9 @@ class HeadConfig:
     class_weights: tuple[float, ...] = ()
     """While training, the weight in the loss of a sequence of each class; with targets 'multi' that of a class being
     present. Nothing means 1."""
+    complement: tuple[int, ...] = ()
+    """Of 'position', for each label that of the same position read on the other strand (gene+ and gene-, say); nothing
+    means that labels are the same on both."""
     scale: tuple[tuple[float, float], ...] = ()
     "Mean and standard deviation of each number to be predicted, in which units the head learns; nothing means 0 and 1."
 

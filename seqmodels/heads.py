@@ -368,10 +368,21 @@ class SequenceClassifier(Model):
 
 
 class PositionClassifier(Model):
-    """One label per position."""
+    """One label per position.
+
+    Of a model of both strands, logits are the mean of those of the given strand and of those that the other strand's
+    features give the label's complement there: the logits of a reverse complement are the given ones, reversed, with
+    labels and their complements exchanged.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
+        given, labels = config.head.complement, range(len(config.head.labels))
+        if given and [given[i] if i in labels else None for i in given] != list(labels):
+            raise InputError(
+                f"head.complement is {given} for {len(labels)} labels; give each label's complement, whose complement "
+                "it is in turn"
+            )
         self.dropout = nn.Dropout(config.head.dropout)
         self.score = nn.Linear(config.backbone.d_model, len(config.head.labels))
 
@@ -385,14 +396,31 @@ class PositionClassifier(Model):
     ) -> tuple[Tensor, tuple]:
         """ids (b, l) int64 -> logits (b, l, classes), and the state to hand to the next call."""
         x, state = self.backbone(ids, state, lengths, seq_idx)
-        return self.score(self.dropout(self.mean_of_strands(x))), state
+        return self.classify(x), state
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Logits (..., classes) of features of the backbone."""
+        return F.linear(*self._linear(x))
+
+    def _linear(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a linear map makes logits of: features (..., d) or (..., 2 d), weight, bias."""
+        weight, bias, complement = self.score.weight, self.score.bias, list(self.config.head.complement)
+        if not self.backbone.both_strands or not complement:
+            return self.dropout(self.mean_of_strands(x)), weight, bias
+        weight = torch.cat([weight, weight[complement]], 1) / 2
+        return self.dropout(x), weight, (bias + bias[complement]) / 2
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy in nats over targets that are not -100, and {accuracy, count}."""
+        """Mean cross-entropy in nats over targets that are not -100, and {accuracy, count}.
+
+        With `weights` (b, l) in the batch, a mean weighted by them; count is then their sum.
+        """
         x, _ = self.backbone(batch["ids"], None, batch.get("lengths"), batch.get("seq_idx"))
-        x = self.dropout(self.mean_of_strands(x))
-        loss, right, count = _cross_entropy(x, self.score.weight, self.score.bias, batch["targets"], self.ranks)
-        return loss, {"accuracy": right / count.clamp(min=1), "count": count}
+        targets, weights = batch["targets"], batch.get("weights")
+        loss, right, count = _cross_entropy(*self._linear(x), targets, self.ranks, weights)
+        counted = (targets != IGNORED).sum()
+        counted = counted if self.ranks is None else self.ranks.total(counted)
+        return loss, {"accuracy": right / counted.clamp(min=1), "count": count}
 
 
 def _cross_entropy(

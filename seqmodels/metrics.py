@@ -60,7 +60,7 @@ def evaluate_scores(
             "accuracy": weights @ (predicted == targets) / total,
             "balanced_accuracy": macro["recall"],
             "macro_f1": macro["f1"],
-            "mcc": _mcc((weights @ cells).reshape(-1, classes, classes)),
+            "mcc": mcc_of((weights @ cells).reshape(-1, classes, classes)),
             "auroc": macro["auroc"],
             "auprc": macro["auprc"],
             "brier": weights @ squares / total,
@@ -246,7 +246,7 @@ def _mean(values: list[Floats]) -> Floats:
         return np.where(finite, stacked, 0).sum(0) / finite.sum(0)
 
 
-def _mcc(confusion: Floats) -> Floats:
+def mcc_of(confusion: Floats) -> Floats:
     """Matthews' correlation (resamples,) of confusion matrices (resamples, true, predicted)."""
     true, guessed, n = confusion.sum(2), confusion.sum(1), confusion.sum((1, 2))
     right = np.einsum("rkk->r", confusion)

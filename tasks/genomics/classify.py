@@ -4,6 +4,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,10 @@ from tqdm import tqdm
 
 from seqmodels.errors import InputError
 from seqmodels.table import Format, Row, TableWriter, check_writable, part_of
+from seqmodels.tasks.genomics.classify_bases import SHOWN, BaseTracks, Kepts, columns_of, segmented
 from seqmodels.tasks.genomics.inference import (
     Answer,
+    BaseClassifier,
     Dtype,
     Facts,
     Logits,
@@ -21,6 +24,7 @@ from seqmodels.tasks.genomics.inference import (
     Strand,
     Strands,
     label_of,
+    labels_bases,
     opened,
     scores_of,
     serve_first,
@@ -29,7 +33,7 @@ from seqmodels.tasks.genomics.manifest import manifest_of, write_manifest
 from seqmodels.tasks.genomics.pieces import ANSWERED, Cut, Intervals, Records, sources_of
 from seqmodels.tasks.genomics.tokens import Tokens
 from seqmodels.tasks.genomics.tracks import TrackFormat, Tracks
-from seqmodels.workers import LostWorker, dismiss
+from seqmodels.workers import LostWorker, dismiss, torchrun
 
 _PLACED = ["file", "seq", "start", "end", "name", "strand", "length", "model"]
 _SHOWN_PLACED = ["seq", "start", "end", "name", "strand", "label", "prob", "status", "note"]
@@ -86,6 +90,13 @@ def classify(
     A model of several labels (dna train --targets) gives each a probability of its own, and label names those of 0.5 or
     more, with ; between. A model of numbers gives the columns value_<name> instead.
 
+    A model that labels bases (dna train --annotation) gives segments instead, a row each: the runs of bases of the same
+    most likely class, with the columns seq, start, end, name, length, label, prob (the mean probability of the class)
+    and p_<class>. Places are those of the sequence, and classes those of its strand as written, whichever strand is
+    read. Such a model needs no windows; its tracks have a value for every base, in steps of 1/10,000:
+
+        longseq dna classify genome.fa --model runs/coding/model -o segments.tsv --track coding --track-format bigwig
+
     Beside the file of the table, <output>.json says how it was made: versions, model and files with checksums or sizes,
     settings, and how many rows have which status.
 
@@ -138,7 +149,10 @@ def classify(
     """
     options = {"model": model, "dtype": dtype, "batch_tokens": batch_tokens, "chunk": chunk}
     options |= {"reading": reading, "overlap": overlap}
-    if serve_first(device, **options):
+    per_base = labels_bases(model)
+    if per_base:
+        _check_per_base(window, resume, devices)
+    elif serve_first(device, **options):
         return 0
     if output is not None and any(str(f) != "-" and f.exists() and output.resolve() == f.resolve() for f in files):
         raise InputError(f"the output {output} is also an input; give another name")
@@ -152,19 +166,22 @@ def classify(
         return 0
     cut = _cut(window, stride)
     sources = sources_of(files, region, bed, feature, cut)
-    if track is not None and identity is _IDENTITY:
+    if track is not None and identity is _IDENTITY and not per_base:
         raise InputError("a track needs places along sequences; give --window, --bed or --region too")
     tracks = None if track is None else Tracks(track, track_format)
     problems: list[list[str]] = [[] for _ in sources]
     statuses: list[Counter[str]] = [Counter() for _ in sources]
     progress = tqdm(unit="base", unit_scale=True, disable=quiet or not sys.stderr.isatty())
     with (
-        opened(device, devices, **options) as engine,
+        (
+            nullcontext(BaseClassifier(device=device, **options)) if per_base else opened(device, devices, **options)
+        ) as engine,
+        Kepts(engine, output and output.parent) if isinstance(engine, BaseClassifier) else nullcontext() as kepts,
         TableWriter(
             output,
-            _columns(engine.facts, identity is _PLACED, strand),
+            columns_of(engine.facts.classes) if per_base else _columns(engine.facts, identity is _PLACED, strand),
             format,
-            _SHOWN if identity is _IDENTITY else _SHOWN_PLACED,
+            SHOWN if per_base else _SHOWN if identity is _IDENTITY else _SHOWN_PLACED,
             identity if resume else (),
         ) as table,
         progress,
@@ -172,8 +189,13 @@ def classify(
         facts = engine.facts
         if track is not None and track_format == "bed" and facts.targets == "regression":
             raise InputError("a BED's scores are probabilities, and this model gives numbers; use bedgraph or bigwig")
+        if isinstance(engine, BaseClassifier):
+            tracks = None if track is None else BaseTracks(track, track_format, kepts)
+            answers = segmented(sources, engine, strand, kepts, tracks, problems)
+        else:
+            answers = _classified(sources, Strands(engine, strand), table.kept, problems)
         try:
-            for place, rows in _classified(sources, Strands(engine, strand), table.kept, problems):
+            for place, rows in answers:
                 table.write(rows)
                 statuses[place].update(row["status"] for row in rows)
                 if tracks is not None:
@@ -183,7 +205,7 @@ def classify(
             kept = table.keep()
             way_on = f"the rows before it are in {kept}: go on with --resume" if kept else "start again"
             raise LostWorker(f"{error}; {way_on}") from None
-        what, fine = _what(identity, cut), ("ok", "only_n") if cut else ("ok",)
+        what, fine = "rows" if per_base else _what(identity, cut), ("ok", "only_n") if cut else ("ok",)
         for source, said, counts in zip(sources, problems, statuses, strict=True):
             if bad := {status: count for status, count in counts.items() if status not in fine}:
                 those = ", ".join(f"{count} {status}" for status, count in sorted(bad.items()))
@@ -215,6 +237,13 @@ def classify(
     for line in all_said:
         print(f"longseq: {line}", file=sys.stderr)
     return 2 if all_said else 0
+
+
+def _check_per_base(window: int | None, resume: bool, devices: int) -> None:
+    given = {"window": window is not None, "resume": resume, "devices": devices > 1 or torchrun() is not None}
+    for name, there in given.items():
+        if there:
+            raise InputError(f"{name} is for models of whole sequences, and this one labels every base; leave it out")
 
 
 def _cut(window: int | None, stride: int | None) -> Cut | None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from seqmodels.batching import best_fit, buckets, draw_batches, draw_packed, pack
 from seqmodels.errors import InputError
 from seqmodels.heads import IGNORED
+from seqmodels.tasks.genomics.genome import Genome, Stretch
 from seqmodels.tasks.genomics.inference import batches_by_length
 from seqmodels.tasks.genomics.labelled import LabelledRecords
 from seqmodels.tasks.genomics.tokens import PAD, A, N, T, Tokens, pad_right, reverse_complement
@@ -244,16 +245,80 @@ def warmed_up_length(step: int, longest: int, warmup: int) -> int:
     return min(longest, SHORTEST << (step * doublings // warmup))
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Bases start..end (from 0, end excluded) of a record."""
+class GenomeWindows:
+    """Windows at random places of stretches of a genome, all equally likely, each batch of one length.
 
-    record: int
-    start: int
-    end: int
+    During the first `length_warmup` batches windows are shorter, and a batch has more of them. Those to validate are
+    `validation`: at most `validation_windows`, evenly spaced, side by side at the closest. Windows that teach nothing
+    are left out: those mostly N, unless a subclass knows better.
+    """
 
-    def __len__(self) -> int:
-        return self.end - self.start
+    useless = "are mostly N"
+
+    def __init__(
+        self,
+        genome: Genome,
+        training: list[Stretch],
+        validation: list[Stretch],
+        window: int,
+        *,
+        batch_tokens: int,
+        validation_windows: int,
+        length_warmup: int,
+        seed: int,
+    ) -> None:
+        self.genome, self.window, self.batch_tokens = genome, window, batch_tokens
+        self.length_warmup, self.seed = length_warmup, seed
+        self.training = [s for s in training if len(s) > 1]
+        self._places: dict[int, tuple[list[Stretch], NDArray[np.int64]]] = {}
+        for stretches, what in ((training, "to train on"), (validation, "to validate on")):
+            if (longest := max(map(len, stretches), default=0)) < window:
+                raise InputError(
+                    f"the longest stretch {what} has {longest} bases, less than a window of {window}; give a smaller "
+                    "--window, or another --validation"
+                )
+        self.validation = self._spaced(validation, validation_windows)
+        if not self.validation:
+            raise InputError(f"the validation windows {self.useless}; hold out other records (--validation)")
+
+    def teaches(self, stretch: Stretch) -> bool:
+        """Whether there is anything to learn from a window."""
+        tokens = self.genome.bases(stretch.record, stretch.start, stretch.end)
+        return np.count_nonzero(tokens == N) <= len(stretch) // 2
+
+    def tokens(self, step: int) -> int:
+        """Bases of batch number `step`."""
+        length, count, _ = self._choose(step)
+        return length * count
+
+    def _choose(self, step: int) -> tuple[int, int, np.random.Generator]:
+        """Length and number of a batch's windows, and what draws them."""
+        length = warmed_up_length(step, self.window, self.length_warmup)
+        return length, max(1, self.batch_tokens // length), np.random.default_rng((self.seed, 1, step))
+
+    def _draw(self, length: int, rng: np.random.Generator, tries: int = 10) -> Stretch:
+        if length not in self._places:
+            stretches = [s for s in self.training if len(s) >= length]
+            self._places[length] = stretches, np.cumsum([len(s) - length + 1 for s in stretches])
+        stretches, ends = self._places[length]
+        while True:
+            at = int(rng.integers(ends[-1]))
+            which = int(np.searchsorted(ends, at, side="right"))
+            start = stretches[which].start + at - int(ends[which - 1] if which else 0)
+            drawn = Stretch(stretches[which].record, start, start + length)
+            tries -= 1
+            if not tries or self.teaches(drawn):
+                return drawn
+
+    def _spaced(self, stretches: list[Stretch], count: int) -> list[Stretch]:
+        room = np.array([len(s) // self.window for s in stretches])
+        ends = np.cumsum(room)
+        windows = []
+        for at in np.unique(np.linspace(0, ends[-1] - 1, count).astype(np.int64)):
+            which = int(np.searchsorted(ends, at, side="right"))
+            start = stretches[which].start + (int(at) - int(ends[which] - room[which])) * self.window
+            windows.append(Stretch(stretches[which].record, start, start + self.window))
+        return [window for window in windows if self.teaches(window)]
 
 
 def taken(records: LabelledRecords, places: list[Stretch]) -> tuple[list[Tokens], NDArray]:

@@ -16,8 +16,19 @@ from seqmodels.errors import InputError
 from seqmodels.files import write_json
 from seqmodels.metrics import as_tables, evaluate_any
 from seqmodels.table import Row, TableWriter, check_writable
-from seqmodels.tasks.genomics.datasets import Stretch, parse_lengths, spaced_windows, taken
-from seqmodels.tasks.genomics.inference import Classifier, Dtype, Logits, label_of, scores_of
+from seqmodels.tasks.genomics.datasets import parse_lengths, spaced_windows, taken
+from seqmodels.tasks.genomics.evaluate_bases import evaluate_bases
+from seqmodels.tasks.genomics.evaluate_bases import shown as bases_shown
+from seqmodels.tasks.genomics.genome import Stretch
+from seqmodels.tasks.genomics.inference import (
+    BaseClassifier,
+    Classifier,
+    Dtype,
+    Logits,
+    label_of,
+    labels_bases,
+    scores_of,
+)
 from seqmodels.tasks.genomics.labelled import LabelledRecords, label_columns, label_ids, load_labelled, read_table
 from seqmodels.tasks.genomics.pictures import PictureFormat, draw
 from seqmodels.tasks.genomics.tokens import Tokens
@@ -30,6 +41,10 @@ def evaluate(
     source: str,
     data: Path | None = None,
     labels: Path | None = None,
+    annotation: list[Path] | None = None,
+    features: str | None = None,
+    within: Path | None = None,
+    region: list[str] | None = None,
     split: str = "test",
     window: str | list[int] | None = None,
     windows: int = 200,
@@ -58,10 +73,20 @@ def evaluate(
         longseq dna evaluate test.tsv                                    # again, from what was predicted
         longseq dna evaluate contigs.tsv --labels truth.csv              # or from what dna classify has written
 
+    Of a model that labels bases, on genomes with their annotation: precision, recall, F1, MCC and AUROC of each class
+    over bases, with intervals over blocks of 10,000 bases, and the confusion matrix in bases:
+
+        longseq dna evaluate runs/coding/model --data genome.fa --annotation genes.gff3 --region chr3,chr4:1-2,000,000
+
     Args:
         source: A model (as for classify), or a table of predictions (.tsv, .csv, .jsonl, .parquet).
         data: For a model: labelled data of any kind that dna train reads.
         labels: Table with the columns record and label (or several label_<name>), for a FASTA file or for predictions.
+        annotation: For a model that labels bases: GFF3, GTF or BED files, as for dna train; data is then FASTA.
+        features: What makes the classes, as for dna train; needed where the model tells several features.
+        within: BED, GFF3 or GTF file of where the annotation is complete, as for dna train.
+        region: With --annotation, measure these records or parts of them alone, such as chr8 or chr9:1-5,000,000;
+            several with commas between, or given several times.
         split: Which split to take where the data have splits: train, dev or test.
         window: Lengths of the windows cut from long records, for example 1024,8192,65536; otherwise whole records.
         windows: Windows per class and length, evenly spaced; the same number for each class.
@@ -93,6 +118,25 @@ def evaluate(
     else:
         if data is None:
             raise InputError(f"{source} is taken for a model; name labelled data with --data")
+        if labels_bases(source) or annotation is not None:
+            if annotation is None:
+                raise InputError(f"model {source} labels bases; name the --annotation of {data}")
+            if predictions is not None or pictures is not None:
+                raise InputError(
+                    "predictions and pictures are of whole sequences; see the tracks of dna classify for bases"
+                )
+            base_classifier = BaseClassifier(source, device, dtype, batch_tokens, chunk)
+            found = evaluate_bases(
+                base_classifier, data, annotation, features, within=within, region=region or (),
+                resamples=resamples, seed=seed, quiet=quiet,
+            )  # fmt: skip
+            print(bases_shown(found, base_classifier.classes), flush=True)
+            if output is not None:
+                report = {"source": source, "data": str(data), "annotation": [str(path) for path in annotation]}
+                report |= {"features": features, "within": str(within) if within else None, "region": region or []}
+                settings = {"resamples": resamples, "seed": seed, "classes": list(base_classifier.classes)}
+                write_json(output, {**report, **settings, "results": [found]})
+            return 0
         lengths = parse_lengths(window)
         classifier = Classifier(source, device, dtype, batch_tokens, chunk)
         targets, classes = classifier.targets, classifier.classes

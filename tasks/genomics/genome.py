@@ -7,6 +7,7 @@ alike. It takes a byte per base on disk and memory only for what is in use.
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from seqmodels.errors import InputError
 from seqmodels.files import make_folder, replacing, write_json
 from seqmodels.tasks.genomics.fasta import FastaReader
+from seqmodels.tasks.genomics.intervals import parse_region
 from seqmodels.tasks.genomics.tokens import N, Tokens
 
 _BASES = np.uint8(0x0F)
@@ -53,6 +55,67 @@ class Genome:
         if len(inside):
             whole[first - start : last - start] = inside
         return whole
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Bases start..end (from 0, end excluded) of a record."""
+
+    record: int
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+def whole_records(genome: Genome) -> list[Stretch]:
+    """Every record as one stretch."""
+    return [Stretch(i, 0, genome.length(i)) for i in range(len(genome.names))]
+
+
+def stretches_of(genome: Genome, text: str, option: str) -> list[Stretch]:
+    """The stretches that an option names, with commas between: records (chr8) or parts of them (chr8:1-5,000,000)."""
+    lengths = {name: genome.length(i) for i, name in enumerate(genome.names)}
+    found = []
+    for part in filter(None, map(str.strip, re.split(r",(?!\d{3}(?!\d))", text))):
+        region = parse_region(part, lengths)
+        if region.seq not in lengths:
+            few = ", ".join(genome.names[:10]) + (", ..." if len(genome.names) > 10 else "")
+            raise InputError(
+                f"{option} names the record {region.seq!r}, which the genomes do not have; they have {few}"
+            )
+        if region.end > lengths[region.seq]:
+            raise InputError(f"{option}: {part} ends beyond {region.seq}, which has {lengths[region.seq]} bases")
+        found.append(Stretch(genome.names.index(region.seq), region.start, region.end))
+    return found
+
+
+def without(stretches: list[Stretch], taken: list[Stretch]) -> list[Stretch]:
+    """What is left of stretches where others are taken out."""
+    for hole in taken:
+        stretches = [
+            part
+            for s in stretches
+            for part in (
+                [Stretch(s.record, s.start, min(s.end, hole.start)), Stretch(s.record, max(s.start, hole.end), s.end)]
+                if s.record == hole.record and s.start < hole.end and hole.start < s.end
+                else [s]
+            )
+            if len(part) > 0
+        ]
+    return stretches
+
+
+def held_out(stretches: list[Stretch], fraction: float, seed: int) -> tuple[list[Stretch], list[Stretch]]:
+    """What is left of each stretch, and a part of it, at a random place, that is held out."""
+    rng, left, held = np.random.default_rng((seed, 2)), [], []
+    for s in stretches:
+        size = round(fraction * len(s))
+        start = s.start + int(rng.integers(len(s) - size + 1))
+        held.append(Stretch(s.record, start, start + size))
+        left += [Stretch(s.record, s.start, start), Stretch(s.record, start + size, s.end)]
+    return left, held
 
 
 def read_genome(files: Sequence[Path], folder: Path | None = None) -> Genome:

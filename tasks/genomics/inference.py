@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 import seqmodels
-from seqmodels.checkpoint import choose_device
+from seqmodels.checkpoint import choose_device, read_json, resolve
 from seqmodels.config import Targets
 from seqmodels.errors import InputError
 from seqmodels.sweeps import free_memory, host_bytes, sweepable, two_sweeps, windows
@@ -59,6 +59,8 @@ class Classifier:
     `sharing` processes of this machine share its memory.
     """
 
+    task = "sequence"
+
     def __init__(
         self,
         model: str,
@@ -77,10 +79,11 @@ class Classifier:
         on_cpu = self.device.type == "cpu"
         self.model: Any = load(model).to(self.device, getattr(torch, dtype))
         config = self.model.config
-        if config.head.task != "sequence" or config.tokenizer.get("type") != "dna":
+        if config.head.task != self.task or config.tokenizer.get("type") != "dna":
             raise InputError(
-                f"model {model} is not a classifier of DNA sequences (head {config.head.task!r}, tokens "
-                f"{config.tokenizer.get('type')!r}); give one made by 'longseq dna train'"
+                f"model {model} is not a classifier of DNA {'sequences' if self.task == 'sequence' else 'bases'} (head "
+                f"{config.head.task!r}, tokens {config.tokenizer.get('type')!r}); give one made by 'longseq dna train'"
+                + (" --annotation" if self.task == "position" else "")
             )
         self.name = model
         self.classes: tuple[str, ...] = config.head.labels
@@ -133,6 +136,13 @@ class Classifier:
         """
         if self.causal:
             return Answer(self._in_chunks(chunks), "chunks")
+        features, reading = self._features(chunks)
+        if features is None:
+            return Answer(None, "", reading)
+        return Answer(self._logits(self.model.pool(features)), reading)
+
+    def _features(self, chunks: Iterable[Tokens]) -> tuple[Iterator[torch.Tensor] | None, str]:
+        """Features of a bidirectional model, stretch by stretch, and how they are read; or None, and why."""
         parts, rest, length = iter(chunks), [], 0
         longest = self._longest_swept()
         for part in parts:
@@ -141,15 +151,14 @@ class Classifier:
                 break
         if length <= longest:
             ids = torch.from_numpy(np.concatenate(rest))[None]
-            features, reading = two_sweeps(self.model.backbone, ids, chunk=self.chunk), "two-sweeps"
-        elif self.reading == "two-sweeps":
-            note = f"more than {longest} bases, for which two sweeps have memory here; leave --reading out for windows"
-            return Answer(None, "", note)
-        else:
-            tokens = (torch.from_numpy(part)[None] for part in _rechunked(chain(rest, parts), self.chunk))
-            reading = "windows"
-            features = windows(self.model.backbone, tokens, window=self.batch_tokens, context=self.overlap)
-        return Answer(self._logits(self.model.pool(features)), reading)
+            return two_sweeps(self.model.backbone, ids, chunk=self.chunk), "two-sweeps"
+        if self.reading == "two-sweeps":
+            return (
+                None,
+                f"more than {longest} bases, for which two sweeps have memory here; leave --reading out for windows",
+            )
+        tokens = (torch.from_numpy(part)[None] for part in _rechunked(chain(rest, parts), self.chunk))
+        return windows(self.model.backbone, tokens, window=self.batch_tokens, context=self.overlap), "windows"
 
     @torch.inference_mode()
     def forward(self, sequences: list[Tokens]) -> Logits:
@@ -158,7 +167,7 @@ class Classifier:
             size = -(-len(sequences) // self.parts)
             with suppress(torch.OutOfMemoryError):
                 parts = [self._forward(sequences[i : i + size]) for i in range(0, len(sequences), size)]
-                return np.concatenate(parts)
+                return self._joined(parts)
             if size == 1:
                 longest = max(map(len, sequences))
                 raise InputError(f"a record of {longest} bases does not fit into memory; {self._smaller}")
@@ -168,6 +177,9 @@ class Classifier:
     def _forward(self, sequences: list[Tokens]) -> Logits:
         ids, lengths = (torch.from_numpy(a).to(self.device) for a in pad_right(sequences))
         return self.model(ids, lengths=lengths).float().cpu().numpy()
+
+    def _joined(self, parts: list[Any]) -> Any:
+        return np.concatenate(parts)
 
     def _in_chunks(self, chunks: Iterable[Tokens]) -> Logits:
         """A chunk is fetched while the one before it is computed."""
@@ -181,12 +193,19 @@ class Classifier:
         half = len(tokens) // 2
         if len(tokens) <= self.chunk:
             with suppress(torch.OutOfMemoryError):
-                return self.model.read(torch.from_numpy(tokens).to(self.device).long()[None], state)
-            if not half:
-                raise InputError("not even one base fits into memory beside the model; use another --device")
-            self.chunk = half
-            print(f"out of memory: chunks have {half} bases from now on", file=sys.stderr)
+                return self.model.read(self._ids(tokens), state)
+            self._shorten(half)
         return self._read(tokens[half:], self._read(tokens[:half], state))
+
+    def _ids(self, tokens: Tokens) -> torch.Tensor:
+        return torch.from_numpy(tokens).to(self.device).long()[None]
+
+    def _shorten(self, chunk: int) -> None:
+        """From now on chunks have so many bases, since more did not fit into memory."""
+        if not chunk:
+            raise InputError("not even one base fits into memory beside the model; use another --device")
+        self.chunk = chunk
+        print(f"out of memory: chunks have {chunk} bases from now on", file=sys.stderr)
 
     def _logits(self, state: Any) -> Logits:
         return self.model.classify(state)[0].float().cpu().numpy()
@@ -199,10 +218,110 @@ class Classifier:
         return int(MEMORY * free_memory() / self.sharing / per_chunk * self.chunk)
 
 
+class BaseClassifier(Classifier):
+    """A classifier of every base, run likewise: logits (l, classes) of each sequence, in the order of `classes`."""
+
+    task = "position"
+
+    @property
+    def complement(self) -> list[int]:
+        """For each class that of the same base read on the other strand."""
+        return list(self.model.config.head.complement or range(len(self.classes)))
+
+    def turned(self, logits: Logits) -> Logits:
+        """Logits (l, classes) of the same bases as the reverse complement has them."""
+        return logits[::-1, self.complement]
+
+    def on_strands(self, sequences: list[Tokens], strand: Strand) -> list[Logits]:
+        """Logits (l, classes) of each of some whole sequences, from what is read on a strand, or their mean."""
+        found = []
+        for other in _others(strand, self.facts.both_strands):
+            given = [reverse_complement(s) for s in sequences] if other else sequences
+            found.append([self.turned(logits) if other else logits for logits in self.batch(given)])
+        return [np.mean(strands, axis=0) for strands in zip(*found, strict=True)]
+
+    def read(self, chunks: Iterable[Tokens], strand: Strand = "fwd") -> tuple[Iterator[Logits] | None, str]:
+        """Logits (c, classes) stretch by stretch of one sequence that comes in chunks, and how they are read.
+
+        As `stream` reads it; None and the reason where that fails. Where the other strand is read, a sequence and its
+        logits are held.
+        """
+        others = _others(strand, self.facts.both_strands)
+        if others == [False]:
+            return self._read_given(chunks)
+        tokens = np.concatenate(list(chunks))
+        found, how = [], ""
+        for other in others:
+            parts, how = self._read_given([reverse_complement(tokens) if other else tokens])
+            if parts is None:
+                return None, how
+            logits = np.concatenate(list(parts))
+            found.append(self.turned(logits) if other else logits)
+        return iter([np.mean(found, axis=0)]), how
+
+    def _read_given(self, chunks: Iterable[Tokens]) -> tuple[Iterator[Logits] | None, str]:
+        parts, held, length = iter(chunks), list[Tokens](), 0
+        for part in parts:
+            held.append(part)
+            if (length := length + len(part)) > self.longest_batched:
+                break
+        else:
+            return iter(self.batch([np.concatenate(held)])), "whole"
+        parts = chain(held, parts)
+        if self.causal:
+            return self._logits_in_chunks(parts), "chunks"
+        features, reading = self._features(parts)
+        return (None if features is None else self._logits_of(features)), reading
+
+    def batch(self, sequences: list[Tokens]) -> list[Logits]:  # pyright: ignore
+        """Logits (l, classes) of each of some whole sequences."""
+        found = [np.zeros((0, len(self.classes)), dtype=np.float32)] * len(sequences)
+        for places in batches_by_length([len(s) for s in sequences], self.batch_tokens):
+            for i, logits in zip(places, self.forward([sequences[i] for i in places]), strict=True):
+                found[i] = logits
+        return found
+
+    def _forward(self, sequences: list[Tokens]) -> list[Logits]:  # pyright: ignore
+        ids, lengths = (torch.from_numpy(a).to(self.device) for a in pad_right(sequences))
+        logits = self.model(ids, lengths=lengths)[0].float().cpu().numpy()
+        return [own[: len(s)] for own, s in zip(logits, sequences, strict=True)]
+
+    def _joined(self, parts: list[Any]) -> Any:
+        return list(chain(*parts))
+
+    @torch.inference_mode()
+    def _logits_in_chunks(self, chunks: Iterable[Tokens]) -> Iterator[Logits]:
+        state = None
+        for tokens in _one_ahead(_rechunked(chunks, self.chunk)):
+            while len(tokens):
+                part = tokens[: self.chunk]
+                with suppress(torch.OutOfMemoryError):
+                    logits, state = self.model(self._ids(part), state)
+                    tokens = tokens[len(part) :]
+                    yield logits[0].float().cpu().numpy()
+                    continue
+                self._shorten(len(part) // 2)
+
+    @torch.inference_mode()
+    def _logits_of(self, features: Iterator[torch.Tensor]) -> Iterator[Logits]:
+        for x in features:
+            yield self.model.classify(x)[0].float().cpu().numpy()
+
+
+def labels_bases(model: str) -> bool:
+    """Whether a model gives every base a label, as its config.json says."""
+    values = read_json(resolve(model) / "config.json").get("model")
+    head = values.get("head") if isinstance(values, dict) else None
+    return isinstance(head, dict) and head.get("task") == "position"
+
+
 def load(model: str) -> Any:
-    """A network or a linear model of k-mer counts, in eval mode on the CPU."""
+    """A network, a linear model of k-mer counts or one of codon usage, in eval mode on the CPU."""
+    from seqmodels.tasks.genomics.codons import is_codon_model, load_codons
     from seqmodels.tasks.genomics.kmers import is_kmer_model, load_kmers
 
+    if is_codon_model(model):
+        return load_codons(model)
     return load_kmers(model) if is_kmer_model(model) else seqmodels.load(model)
 
 
@@ -248,9 +367,7 @@ class Strands:
 
     def __init__(self, engine: Alone | Together, strand: Strand) -> None:
         self._engine, self.facts, self.strand = engine, engine.facts, strand
-        self._others = {"fwd": [False], "rev": [True], "both": [False, True]}[strand]
-        if self.facts.both_strands:
-            self._others = [False]
+        self._others = _others(strand, self.facts.both_strands)
 
     def batch(self, sequences: list[Tokens]) -> list[tuple[list[int], tuple[Future, ...]]]:
         """Places of sequences, and for each strand their logits (b, classes)."""
@@ -269,6 +386,11 @@ class Strands:
         given = [self._engine.stream(_held(parts, held))] if not self._others[0] else []
         held += parts
         return (*given, self._engine.stream(reverse_complement(part) for part in reversed(held)))
+
+
+def _others(strand: Strand, both_strands: bool) -> list[bool]:
+    """What is read to answer on a strand: the sequence as given (False), its reverse complement (True) or both."""
+    return [False] if both_strands else {"fwd": [False], "rev": [True], "both": [False, True]}[strand]
 
 
 def _held(items: Iterator[Tokens], held: list[Tokens]) -> Iterator[Tokens]:

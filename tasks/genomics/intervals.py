@@ -35,6 +35,8 @@ class Interval(NamedTuple):
     "+, - or . (none)."
     feature: str = ""
     "What a line of GFF3 or GTF describes: gene, exon, CDS, ..."
+    parent: str = ""
+    "What it is part of: Parent (GFF3; several with commas between), or the transcript (GTF)."
 
     @property
     def region(self) -> str:
@@ -143,19 +145,20 @@ def _gff(line: str, where: str, is_gtf: bool) -> Interval:
         raise InputError(f"{where}: the start is {start}; GFF3 and GTF count from 1")
     if end < start:
         raise InputError(f"{where}: the end {end} is before the start {start}")
-    name = _attribute(columns[8] if len(columns) == 9 else "", is_gtf)
+    name, parent = _attributes(columns[8] if len(columns) == 9 else "", is_gtf)
     if not is_gtf:
         seq = unquote(seq)
-    return _named(Interval(seq, start - 1, end, name, "." if strand == "?" else strand, feature), where)
+    return _named(Interval(seq, start - 1, end, name, "." if strand == "?" else strand, feature, parent), where)
 
 
-def _attribute(text: str, is_gtf: bool) -> str:
-    """What a feature is called."""
+def _attributes(text: str, is_gtf: bool) -> tuple[str, str]:
+    """What a feature is called, and what it is part of."""
     if is_gtf:
         values = {key: quoted or bare for key, quoted, bare in _GTF_ATTRIBUTE.findall(text)}
-        return values.get("transcript_id") or values.get("gene_id") or ""
+        transcript = values.get("transcript_id", "")
+        return transcript or values.get("gene_id", ""), transcript
     values = dict(part.strip().split("=", 1) for part in text.split(";") if "=" in part)
-    return printable(unquote(values.get("ID") or values.get("Name") or ""))
+    return printable(unquote(values.get("ID") or values.get("Name") or "")), values.get("Parent", "")
 
 
 def _named(interval: Interval, where: str) -> Interval:

@@ -16,8 +16,16 @@ from seqmodels.errors import InputError
 from seqmodels.files import replacing
 from seqmodels.heads import IGNORED
 from seqmodels.tasks.genomics.backbones import Mixer, choose_backbone, kmer_config
-from seqmodels.tasks.genomics.datasets import Stretch, warmed_up_length
-from seqmodels.tasks.genomics.genome import Genome, read_genome
+from seqmodels.tasks.genomics.datasets import GenomeWindows
+from seqmodels.tasks.genomics.genome import (
+    Genome,
+    Stretch,
+    held_out,
+    read_genome,
+    stretches_of,
+    whole_records,
+    without,
+)
 from seqmodels.tasks.genomics.intervals import read_intervals
 from seqmodels.tasks.genomics.markov import reference_bits
 from seqmodels.tasks.genomics.tokens import (
@@ -27,9 +35,7 @@ from seqmodels.tasks.genomics.tokens import (
     TOKENIZER,
     VOCAB_SIZE,
     A,
-    N,
     T,
-    Tokens,
 )  # fmt: skip
 from seqmodels.training import Batch, TrainingConfig, as_started, first_process, fit
 
@@ -94,9 +100,10 @@ def pretrain(
         window: Bases of a window.
         batch_tokens: Bases per batch.
         length_warmup: Steps over which windows grow from 1024 bases to their length, doubling.
-        validation: What is held out to measure by: names of records, such as XIV or chr8,chr9, or a part of each
-            record between 0 and 1, a stretch that no training window touches. Not with a BED file that says.
-        leave_out: Names of records that are not read at all, for example for tests to come.
+        validation: What is held out to measure by: names of records, such as XIV or chr8,chr9, or parts of
+            them, such as chr8:1-5,000,000; or a part of each record between 0 and 1, a stretch that no training window
+            touches. Not with a BED file that says.
+        leave_out: Names or parts of records that are not read at all, for example for tests to come.
         validation_windows: Windows that are validated, at most.
         mask_fraction: Part of the bases that masked-token predicts.
         soft_mask_weight: How much bases in lower case (repeats) count in the training loss: 1 as much as others, 0 not
@@ -168,13 +175,16 @@ def pretrain(
     card, reference = "", ""
     if first_process():
         bases = sum(map(len, data.training))
-        print(f"{len(genome.names)} records, {bases} bases to train on, {data.validated} to validate", file=sys.stderr)
+        print(
+            f"{len(genome.names)} records, {bases} bases to train on, {data.validated.size} to validate",
+            file=sys.stderr,
+        )
         k, bits = reference_bits(
-            [genome.bases(s.record, s.start, s.end) for s in data.training], data.validation, masked=masked
+            [genome.bases(s.record, s.start, s.end) for s in data.training], data.validated, masked=masked
         )
         reference = f"{bits:.4f} bits per base by counting, given {k} bases {'on each side' if masked else 'before it'}"
         print(f"for comparison on the validation windows: {reference}", file=sys.stderr, flush=True)
-        card = _card(files, objective, window, bases, data.validated, reverse_complement, training, reference)
+        card = _card(files, objective, window, bases, data.validated.size, reverse_complement, training, reference)
     model = fit(config, data, training, run, card=card, start_from=start_from)
     if first_process():
         bits = validation_bits(model, data, training.device)
@@ -192,9 +202,8 @@ def divide(
 
     Stretches of a BED file are widened to a window where what they are part of leaves room.
     """
-    left_out = _numbers(genome, leave_out, "leave_out")
-    kept = [i for i in range(len(genome.names)) if i not in left_out]
-    whole = [Stretch(i, 0, genome.length(i)) for i in kept]
+    left_out = stretches_of(genome, leave_out, "leave_out")
+    whole = without(whole_records(genome), left_out)
     intervals = None if bed is None else read_bed(bed, genome)
     if intervals is not None and intervals.keys() != {""}:
         parts = dict.fromkeys(("train", "validation"), whole)
@@ -215,29 +224,13 @@ def _held_out(genome: Genome, whole: list[Stretch], validation: str, seed: int) 
     try:
         fraction = float(validation)
     except ValueError:
-        named = _numbers(genome, validation, "validation")
-        parts = {"train": [s for s in whole if s.record not in named]}
-        return parts | {"validation": [s for s in whole if s.record in named]}
+        named = stretches_of(genome, validation, "validation")
+        train = without(whole, named)
+        return {"train": train, "validation": without(whole, train)}
     if not 0 < fraction < 1:
         raise InputError(f"validation is {validation}; give a number between 0 and 1, or names of records")
-    rng, train, held = np.random.default_rng((seed, 2)), [], []
-    for s in whole:
-        size = round(fraction * len(s))
-        start = int(rng.integers(len(s) - size + 1))
-        held.append(Stretch(s.record, start, start + size))
-        train += [Stretch(s.record, 0, start), Stretch(s.record, start + size, s.end)]
+    train, held = held_out(whole, fraction, seed)
     return {"train": train, "validation": held}
-
-
-def _numbers(genome: Genome, names: str, option: str) -> set[int]:
-    """Numbers of the records that an option names."""
-    numbers = set()
-    for name in filter(None, map(str.strip, names.split(","))):
-        if name not in genome.names:
-            few = ", ".join(genome.names[:10]) + (", ..." if len(genome.names) > 10 else "")
-            raise InputError(f"{option} names the record {name!r}, which the genomes do not have; they have {few}")
-        numbers.add(genome.names.index(name))
-    return numbers
 
 
 def _inside(intervals: list[Stretch], parts: list[Stretch], window: int) -> list[Stretch]:
@@ -281,11 +274,10 @@ def read_bed(path: Path, genome: Genome) -> dict[str, list[Stretch]]:
     return result
 
 
-class GenomeData:
-    """Batches of windows at random places, all equally likely, each batch of one length; see training.TrainingData.
+class GenomeData(GenomeWindows):
+    """Batches of windows at random places; see training.TrainingData.
 
-    During the first `length_warmup` batches windows are shorter, and a batch has more of them. With `mask_fraction`
-    the targets are masked bases, otherwise each base's next.
+    With `mask_fraction` the targets are masked bases, otherwise each base's next.
     """
 
     def __init__(
@@ -303,30 +295,19 @@ class GenomeData:
         length_warmup: int = 0,
         seed: int = 0,
     ) -> None:
-        self.genome, self.window, self.batch_tokens = genome, window, batch_tokens
         self.mask_fraction, self.soft_mask_weight, self.augment = mask_fraction, soft_mask_weight, augment
-        self.length_warmup, self.seed = length_warmup, seed
-        self.training = [s for s in training if len(s) > 1]
-        self._places: dict[int, tuple[list[Stretch], NDArray[np.int64]]] = {}
-        for stretches, what in ((training, "to train on"), (validation, "to validate on")):
-            if (longest := max(map(len, stretches), default=0)) < window:
-                raise InputError(
-                    f"the longest stretch {what} has {longest} bases, less than a window of {window}; give a smaller "
-                    "--window, or another --validation"
-                )
-        self.validation = self._spaced(validation, validation_windows)
-        if not len(self.validation):
-            raise InputError("the validation windows are mostly N; hold out other records (--validation)")
-
-    @property
-    def validated(self) -> int:
-        """Bases of the validation windows."""
-        return self.validation.size
+        super().__init__(
+            genome, training, validation, window, batch_tokens=batch_tokens, validation_windows=validation_windows,
+            length_warmup=length_warmup, seed=seed,
+        )  # fmt: skip
+        self.validated = np.stack([genome.bases(s.record, s.start, s.end) for s in self.validation])
+        "Tokens (n, window) of the validation windows."
 
     def train_batch(self, step: int) -> Batch:
         """Batch number `step`: a pure function of the seed and the step."""
         length, count, rng = self._choose(step)
-        coded = np.stack([self._draw(length, rng) for _ in range(count)])
+        drawn = [self._draw(length, rng) for _ in range(count)]
+        coded = np.stack([self.genome.coded_bases(s.record, s.start, s.end) for s in drawn])
         if self.augment:
             other = rng.random(count) < 0.5
             coded[other] = _COMPLEMENT[coded[other, ::-1]]
@@ -338,50 +319,13 @@ class GenomeData:
             batch["weights"] = torch.from_numpy(weights)
         return batch
 
-    def tokens(self, step: int) -> int:
-        """Bases of batch number `step`."""
-        length, count, _ = self._choose(step)
-        return length * count
-
     def validation_batches(self) -> list[Batch]:
         """The validation windows, always with the same masks."""
         size = max(1, self.batch_tokens // self.window)
         return [
-            self._batch(self.validation[i : i + size], np.random.default_rng((self.seed, 3, i)))
-            for i in range(0, len(self.validation), size)
+            self._batch(self.validated[i : i + size], np.random.default_rng((self.seed, 3, i)))
+            for i in range(0, len(self.validated), size)
         ]
-
-    def _choose(self, step: int) -> tuple[int, int, np.random.Generator]:
-        """Length and number of a batch's windows, and what draws them."""
-        length = warmed_up_length(step, self.window, self.length_warmup)
-        return length, max(1, self.batch_tokens // length), np.random.default_rng((self.seed, 1, step))
-
-    def _draw(self, length: int, rng: np.random.Generator, tries: int = 10) -> Tokens:
-        if length not in self._places:
-            stretches = [s for s in self.training if len(s) >= length]
-            self._places[length] = stretches, np.cumsum([len(s) - length + 1 for s in stretches])
-        stretches, ends = self._places[length]
-        while True:
-            at = int(rng.integers(ends[-1]))
-            which = int(np.searchsorted(ends, at, side="right"))
-            start = stretches[which].start + at - int(ends[which - 1] if which else 0)
-            coded = self.genome.coded_bases(stretches[which].record, start, start + length)
-            tries -= 1
-            if not tries or np.count_nonzero((coded & _BASES) == N) <= length // 2:  # mostly N: teaches nothing
-                return coded
-
-    def _spaced(self, stretches: list[Stretch], count: int) -> NDArray[np.uint8]:
-        """At most `count` windows (n, window), evenly spaced, side by side at the closest, without those mostly N."""
-        room = np.array([len(s) // self.window for s in stretches])
-        ends = np.cumsum(room)
-        windows = []
-        for at in np.unique(np.linspace(0, ends[-1] - 1, count).astype(np.int64)):
-            which = int(np.searchsorted(ends, at, side="right"))
-            start = stretches[which].start + (int(at) - int(ends[which] - room[which])) * self.window
-            tokens = self.genome.bases(stretches[which].record, start, start + self.window)
-            if np.count_nonzero(tokens == N) <= self.window // 2:
-                windows.append(tokens)
-        return np.stack(windows) if windows else np.zeros((0, self.window), dtype=np.uint8)
 
     def _batch(self, tokens: NDArray[np.uint8], rng: np.random.Generator) -> Batch:
         """ids and targets (b, l) of windows (b, l)."""

@@ -71,26 +71,35 @@ class Tracks:
         paths = [Path(f"{self._prefix}.{name}.{kind}") for name in names]
         for place, path in enumerate(paths):
             if self._format == "bigwig":
-                _write_bigwig(path, known, ((s, a, b, v[:, place]) for s, a, b, v in self._segments(known)))
+                _write_bigwig(path, known, self._values(known, place))
             else:
                 line = _bed_line(self._classes[place]) if self._format == "bed" else "{}\t{}\t{}\t{:.6g}\n".format
-                _write_lines(path, ((s, a, b, v[:, place]) for s, a, b, v in self._segments(known)), line)
+                _write_lines(path, self._values(known, place), line)
         return [*paths, self._write_labels(known)] if called else paths
 
     def _write_labels(self, known: Mapping[str, int]) -> Path:
         labels = Path(f"{self._prefix}.labels.bed")
         with replacing(labels) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-            for seq, starts, ends, values in self._segments(known):
-                best = values.argmax(1)
-                first = np.flatnonzero(np.r_[True, (best[1:] != best[:-1]) | (starts[1:] != ends[:-1])])
-                bases = ends - starts
-                mean = np.add.reduceat(values.max(1) * bases, first) / np.add.reduceat(bases, first)
-                last = np.r_[first[1:], len(starts)] - 1
-                for a, b, label, p in zip(starts[first], ends[last], best[first], mean, strict=True):
-                    colour = _COLOURS[label % len(_COLOURS)]
-                    name = self._classes[label].replace("\t", " ")
-                    file.write(f"{seq}\t{a}\t{b}\t{name}\t{round(1000 * p)}\t.\t{a}\t{b}\t{colour}\n")
+            for seq, start, end, label, p in self._labels(known):
+                colour = _COLOURS[label % len(_COLOURS)]
+                name = self._classes[label].replace("\t", " ")
+                file.write(f"{seq}\t{start}\t{end}\t{name}\t{round(1000 * p)}\t.\t{start}\t{end}\t{colour}\n")
         return labels
+
+    def _values(self, lengths: Mapping[str, int], place: int) -> "Values":
+        """Per sequence, starts (n,), ends (n,) and values (n,) of one class."""
+        return ((seq, starts, ends, values[:, place]) for seq, starts, ends, values in self._segments(lengths))
+
+    def _labels(self, lengths: Mapping[str, int]) -> Iterator[tuple[str, int, int, int, float]]:
+        """Sequence, start, end, class and its mean probability where the most likely class is the same."""
+        for seq, starts, ends, values in self._segments(lengths):
+            best = values.argmax(1)
+            first = np.flatnonzero(np.r_[True, (best[1:] != best[:-1]) | (starts[1:] != ends[:-1])])
+            bases = ends - starts
+            mean = np.add.reduceat(values.max(1) * bases, first) / np.add.reduceat(bases, first)
+            last = np.r_[first[1:], len(starts)] - 1
+            for a, b, label, p in zip(starts[first], ends[last], best[first], mean, strict=True):
+                yield seq, a, b, label, p
 
     def _segments(self, lengths: Mapping[str, int]) -> Iterator[tuple[str, NDArray, NDArray, NDArray]]:
         """Per sequence, starts (n,), ends (n,) and mean probabilities (n, classes) of stretches without overlap."""

@@ -1,7 +1,7 @@
 """Several models of one recipe, by seed or by fold of a cross-validation, and the table of what they reach."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,17 @@ MEASURED = "measured.json"  # in a model's run folder: what it reached, so that 
 
 @dataclass(frozen=True)
 class Trial:
-    """A model to be trained, and on what it will be measured."""
+    """A model to be trained, and on what it will be measured: LabelledRecords, or LabelledBases (bases.py)."""
 
     run: Path
     "Its run folder."
     training: TrainingConfig
     "How it is trained; the seed is its own."
-    records: LabelledRecords
+    records: Any
     "What it learns from."
-    validation: LabelledRecords | None
+    validation: Any
     "What its weights are chosen by; None: a part of the records."
-    measured: dict[str, LabelledRecords]
+    measured: dict[str, Any]
     "What it is measured on once it is finished, by name."
     fold: int | None = None
     "Which fold is held out."
@@ -41,7 +41,7 @@ class Trial:
 def plan(
     run: Path,
     training: TrainingConfig,
-    splits: dict[str, LabelledRecords],
+    splits: Mapping[str, Any],
     seeds: int,
     folds: int,
 ) -> list[Trial]:
@@ -56,7 +56,7 @@ def plan(
         raise InputError("several models are trained one after the other, by one process; leave --training.devices out")
     records, dev, test = (splits.get(name) for name in ("train", "dev", "test"))
     assert records is not None
-    parts: list[tuple[int | None, LabelledRecords, LabelledRecords | None, dict[str, LabelledRecords]]] = []
+    parts: list[tuple[int | None, Any, Any, dict[str, Any]]] = []
     if folds:
         if records.long:
             raise InputError("folds are of short records; leave them out for a folder of genomes")
@@ -102,8 +102,8 @@ def fold_of(records: LabelledRecords, folds: int) -> NDArray[np.int64]:
     return fold[group]
 
 
-Learn = Callable[[Trial], tuple[Path, LabelledRecords | None]]
-Measure = Callable[[Path, LabelledRecords], list[dict[str, Any]]]
+Learn = Callable[[Trial], tuple[Path, Any]]
+Measure = Callable[[Path, Any], list[dict[str, Any]]]
 
 
 def run_trials(trials: list[Trial], learn: Learn, measure: Measure) -> list[dict[str, Any]]:

@@ -42,12 +42,12 @@ def test_bed_gff_and_gtf_become_half_open_intervals_from_0(tmp_path):
         file.write(GFF.encode())
     found = list(read_intervals(tmp_path / "a.gff3.gz"))
     assert found == [
-        Interval("chr1", 0, 9, "gene;1", "-", "gene"), Interval("chr1", 3, 6, "b", "+", "CDS"),
+        Interval("chr1", 0, 9, "gene;1", "-", "gene"), Interval("chr1", 3, 6, "b", "+", "CDS", "gene1"),
         Interval("chr2", 6, 7, "chr2:7-7", ".", "exon"),
     ]  # fmt: skip
     assert list(read_intervals(tmp_path / "a.gff3.gz", ["CDS", "exon"])) == found[1:]
     (tmp_path / "a.gtf").write_text(GTF)
-    assert list(read_intervals(tmp_path / "a.gtf")) == [Interval("chr1", 2, 8, "t1", "-", "exon")]
+    assert list(read_intervals(tmp_path / "a.gtf")) == [Interval("chr1", 2, 8, "t1", "-", "exon", "t1")]
 
 
 @pytest.mark.parametrize(
