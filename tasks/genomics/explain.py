@@ -141,7 +141,8 @@ def explain(
             row, upside down where they speak against the class; below them the change that each base would make. It
             has room for 6,000 bases.
         strand: Which strand is read. fwd: as written (that of an interval, if it has one); rev: the other one; both:
-            the mean of both (of the logits, or of the log-likelihoods). Bases keep their places in any case.
+            the mean of both (of the logits, or of the log-likelihoods). Bases keep their places in any case. A model of
+            both strands says the same whichever is given.
         format: Format of the table; otherwise the suffix of the output says it (.tsv, .tsv.gz, .csv, .jsonl, .parquet).
         device: auto, cpu, cuda or cuda:<number>.
         dtype: Number format of the weights and activations; bfloat16 blurs small changes.
@@ -182,7 +183,7 @@ def explain(
     asked = explainer.numbers_of(label)
     columns = _columns(explainer, method)
     shown, identity = ([name for name in names if name in columns] for names in (_SHOWN, _IDENTITY))
-    drawn = _Drawn(explainer, label, track, track_format, picture)
+    drawn = _Drawn(explainer, method, label, track, track_format, picture)
     sources = sources_of(files, region, bed, feature)
     statuses, problems, unexplained = Counter[str](), list[str](), list[str]()
     lengths: dict[str, int] = {}
@@ -203,8 +204,8 @@ def explain(
             table.write(rows)
             given += len(rows)
             statuses.update(row["status"] for row in rows)
-            lengths[stretch.read.seq] = stretch.read.end
             if stretch.common["status"] in ANSWERED:
+                lengths.setdefault(stretch.read.seq, stretch.read.end)
                 drawn.add(stretch, rows)
         if unexplained:
             what = "records or intervals have" if len(unexplained) > 1 else "record or interval has"
@@ -326,7 +327,7 @@ class Explainer:
 
     @torch.inference_mode()
     def outputs(self, tokens: Tokens) -> Floats:
-        """Logits, numbers or log-likelihood (k,) of a sequence, the mean of the strands that are read."""
+        """Logits, numbers or log-likelihood (k,) of a sequence, mean of the strands; not of a masked-token model."""
         return np.mean([self._read(reading[None])[0] for reading, _ in self._readings(tokens)], axis=0)
 
     def explain(
@@ -513,7 +514,7 @@ class Explainer:
             windows = ids[here + around][:, None].repeat(1, 4, 1)
             windows[:, :, reach] = torch.arange(A, T + 1, device=ids.device)
             x, _ = self.backbone.embed(windows.flatten(0, 1), None, None, None, None)
-            both = torch.cat(self._first_norm(x[:, reach:], None, self.backbone.residual_in_fp32), -1)
+            both = torch.cat(self._first_norm(x[:, reach:].contiguous(), None, self.backbone.residual_in_fp32), -1)
             both = both.unflatten(0, (-1, 4)).double()
             result.append(torch.einsum("mbrd,mrdk->mbk", both, slopes[here + around[: reach + 1]]).cpu().numpy())
         return np.concatenate(result)
@@ -665,7 +666,7 @@ def _rows(
     for c, number in enumerate(classes):
         common = stretch.common | {"class": explainer.classes[number]}
         if effects is not None:
-            common |= {given: float(effects.given[c])}
+            common |= {given: float(effects.given[c])} if given else {}
             scores = stretch.turned(effects.scores[..., c])
             chances = None if effects.chances is None else stretch.turned(effects.chances[..., c])
         for i, ref in enumerate(stretch.letters):
@@ -707,9 +708,10 @@ class _Drawn:
     """Tracks and a picture of what stands in the rows of stretches."""
 
     def __init__(
-        self, explainer: Explainer, label: list[str] | None, track: Path | None,
+        self, explainer: Explainer, method: Method, label: list[str] | None, track: Path | None,
         track_format: Literal["bedgraph", "bigwig"], picture: Path | None,
     ) -> None:  # fmt: skip
+        self._method = method
         self._tracks = None if track is None else Tracks(track, track_format)
         self._picture, self._panels, self._bases = picture, list[Panel](), 0
         self._given, self._score = _score_columns(explainer)
@@ -746,6 +748,7 @@ class _Drawn:
         strand = ", minus strand" if place.strand == "-" else ""
         positions = np.arange(place.start, place.end) + 1
         changes = stretch.turned(changes)
+        score = {"dlogit": "log-odds", "change": "value", "llr": "log-likelihood"}[self._score]
         return Panel(
             title=f"{place.name}{strand}: {what}",
             seq=place.seq,
@@ -753,7 +756,7 @@ class _Drawn:
             letters=decode(stretch.bases)[:room],
             heights=importance(changes)[:room],
             changes=changes[:room],
-            score={"dlogit": "log-odds", "change": "value", "llr": "log-likelihood"}[self._score],
+            score=f"{score} (gradient)" if self._method == "gradient" else score,
         )
 
     def write(self, lengths: dict[str, int]) -> list[Path]:

@@ -3,6 +3,7 @@
 matplotlib alone: each letter is its outline in DejaVu Sans, which comes with it, stretched to its height.
 """
 
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ _FORMATS = (".png", ".svg", ".pdf")
 _DPI = 120
 # inches
 _BASE, _LOGO, _MAP, _TICKS, _TITLE, _LEFT, _RIGHT, _GAP = 0.13, 1.1, 0.55, 0.5, 0.35, 0.9, 1.1, 0.06
-_LETTER = 0.09  # of a title, about
+_LETTER, _LONGEST = 0.09, 150  # of a title: width of a letter, about, and how many are shown
+_PLAIN = {"parse_math": False}  # a $ in a name is a $
 
 
 class Panel(NamedTuple):
@@ -51,7 +53,8 @@ def check_picture(path: Path) -> None:
 
 def write_picture(path: Path, panels: list[Panel]) -> None:
     """Writes panels below each other, in the format of the suffix."""
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of names that the font lacks letters of
         draw(panels).savefig(temporary, format=path.suffix[1:], dpi=_DPI)
 
 
@@ -62,7 +65,7 @@ def draw(panels: list[Panel]) -> Any:
     rows = [-(-len(panel.letters) // PER_ROW) for panel in panels]
     columns = min(PER_ROW, max(len(panel.letters) for panel in panels))
     row_height = _LOGO + _GAP + _MAP + _TICKS
-    longest = _LETTER * max(len(panel.title) for panel in panels)
+    longest = _LETTER * min(_LONGEST, max(len(panel.title) for panel in panels))
     width = _LEFT + max(columns * _BASE + _RIGHT, longest)
     height = sum(_TITLE + n * row_height for n in rows) + 0.1
     figure = Figure(figsize=(width, height))
@@ -72,7 +75,9 @@ def draw(panels: list[Panel]) -> Any:
 
     top = height
     for panel, n in zip(panels, rows, strict=True):
-        figure.text(_LEFT / width, (top - 0.7 * _TITLE) / height, panel.title, fontsize=10, weight="bold")
+        figure.text(
+            _LEFT / width, (top - 0.7 * _TITLE) / height, panel.title[:_LONGEST], fontsize=10, weight="bold", **_PLAIN
+        )
         top -= _TITLE
         limits = _limits(panel.heights)
         largest = max(np.nanmax(np.abs(panel.changes), initial=0), np.finfo(float).tiny)
@@ -143,4 +148,4 @@ def _mark_positions(axes: Any, positions: NDArray[np.int64], seq: str) -> None:
     every = next((step for step in (1, 2, 5) if len(positions) <= 4 * step), 10)
     marked = np.flatnonzero(positions % every == 0)
     axes.set_xticks(marked, [f"{position:,}" for position in positions[marked]], fontsize=7)
-    axes.set_xlabel(f"position on {seq} (the first base is 1)", fontsize=7)
+    axes.set_xlabel(f"position on {seq[:_LONGEST]} (the first base is 1)", fontsize=7, **_PLAIN)

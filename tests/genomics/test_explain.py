@@ -391,7 +391,7 @@ def test_a_picture_has_a_letter_as_high_as_its_base_is_important_and_a_square_fo
     letters = "ACGTN" * 26
     changes = rng.normal(size=(130, 4))
     changes[4::5] = np.nan
-    panel = Panel("x", "chr1", np.arange(1001, 1131), letters, importance(changes), changes, "log-odds")
+    panel = Panel("x $a_^$ 染色体", "chr$1", np.arange(1001, 1131), letters, importance(changes), changes, "log-odds")
     figure = draw([panel, panel._replace(positions=panel.positions[::-1])])
     logos = [axes for axes in figure.axes if axes.get_ylabel() == "importance"]
     maps = [axes for axes in figure.axes if axes.images and axes.get_xlabel()]
@@ -408,6 +408,19 @@ def test_a_picture_has_a_letter_as_high_as_its_base_is_important_and_a_square_fo
     assert maps[2].get_xticklabels()[0].get_text() == "1,130"
     module.write_picture(tmp_path / "p.png", [panel])
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["causal", "both", "equivariant", "next"])
+def test_explanations_on_a_gpu_are_those_of_a_cpu(models, kind):
+    text = tokens("".join(np.random.default_rng(0).choice(list("ACGT"), 300)))
+    exact = explainer_of(models[kind], "both")
+    found = Explainer(models[kind], "cuda", strand="both")
+    for name in ("mutagenesis", "gradient"):
+        want = getattr(exact, name)(text, 100, 130).scores
+        error = np.abs(getattr(found, name)(text, 100, 130).scores - want).max()
+        assert error < 1e-3 * np.abs(want).max() + 2e-5
 
 
 @pytest.mark.parametrize(
