@@ -34,6 +34,7 @@ COMMANDS = {
         "judge": "seqmodels.tasks.audio.judges",
         "metrics": "seqmodels.tasks.audio.measure",
         "render": "seqmodels.tasks.audio.scores",
+        "score": "seqmodels.tasks.audio.commands",
         "train": "seqmodels.tasks.audio.train",
     },
 }
@@ -56,6 +57,7 @@ USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help ex
   longseq audio judge DATA FOLDER     train classifiers that judge generated speech
   longseq audio metrics MADE DATA     what they recognise in it, beside real recordings and controls
   longseq audio render SCORES FOLDER  scores played by simple instruments, as long recordings
+  longseq audio score FILE...         bits per sample of single recordings, also over time
   longseq audio train DATA RUN        train on your own recordings"""
 
 

@@ -203,6 +203,8 @@ def prefill(
     than memory, and is read at most `chunk` positions at a time."""
     state, logits = None, torch.empty(0, 1)
     for block in blocks:
+        if block.shape[1] == 0:
+            continue
         for part in block.split(max(1, chunk // len(block)), dim=1):
             logits, state = model(part.to(model.device), state, conditions=conditions)
     return logits[:, -1], state

@@ -1,8 +1,9 @@
 """Bits per sample of recordings under a model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 
 from seqmodels.config import ConditionConfig
 from seqmodels.tasks.audio.datasets import IGNORED, Clips, batches
+from seqmodels.tasks.audio.generate import Heard, label_ids
+from seqmodels.tasks.audio.waveform import mu_law_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,57 @@ def score(
             end_bits[rows] += in_bits.masked_fill(targets != end, 0).sum(1).cpu().numpy()
         progress(len(rows))
     return Scores(bits, clips.lengths[0] - 1, end_bits)
+
+
+COLUMNS = ("file", "start", "end", "samples", "bits_per_sample", "end_bits")  # of what score_recording gives
+
+
+@torch.inference_mode()
+def score_recording(
+    model: Any,
+    source: str | Path,
+    labels: Mapping[str, str],
+    text: str | None = None,
+    *,
+    window: float | None = None,
+    chunk: int = 16384,
+) -> list[dict[str, Any]]:
+    """Rows of COLUMNS for a recording of any length, one for all of it or one per `window` seconds of it.
+
+    It is read in blocks, of which `chunk` samples go through the model at a time, the state handed on.
+    """
+    mu_law = mu_law_of(model.config.tokenizer)
+    given = label_ids(model.config.conditions, labels).to(model.device)
+    words = mu_law.text_tokens(text)
+    heard = Heard(source, mu_law)
+    width = heard.length if window is None else max(1, round(window * mu_law.sample_rate))
+    bits, state = np.zeros(-(-heard.length // width)), None
+
+    def read(ids: np.ndarray) -> torch.Tensor:
+        nonlocal state
+        logits, state = model(
+            torch.from_numpy(ids)[None].to(model.device), state, conditions=given if given.shape[1] else None
+        )
+        return logits[0]
+
+    # the logits before the first sample, then of each chunk those before its first sample and all but the last of it
+    last, place = read(np.append(words, mu_law.bos))[-1:], 0
+    for block in heard.ids():
+        for start in range(0, len(block), chunk):
+            ids = block[start : start + chunk]
+            logits = torch.cat([last, read(ids)])
+            found = F.cross_entropy(logits[:-1].float(), torch.from_numpy(ids).to(model.device), reduction="none")
+            into = (place + np.arange(len(ids))) // width
+            np.add.at(bits, into, found.double().cpu().numpy() / math.log(2))
+            last, place = logits[-1:], place + len(ids)
+    end_bits = -float(last[0].double().log_softmax(-1)[mu_law.eos]) / math.log(2)
+    rows = []
+    for i, total in enumerate(bits):
+        first, stop = i * width, min((i + 1) * width, heard.length)
+        about = {"file": str(source), "start": first / mu_law.sample_rate, "end": stop / mu_law.sample_rate}
+        rows.append(about | {"samples": stop - first, "bits_per_sample": float(total) / (stop - first)})
+        rows[-1]["end_bits"] = end_bits if window is None else None
+    return rows
 
 
 def report(scores: Scores, conditions: Sequence[ConditionConfig], ids: np.ndarray) -> dict[str, Any]:

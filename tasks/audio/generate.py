@@ -69,6 +69,11 @@ class Heard:
         self.gain = peak_gain(largest, mu_law.peak)
         self.last = self._decoded(self._tokens(last))
 
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.length / self.mu_law.sample_rate
+
     def blocks(self, rate: int) -> Iterator[np.ndarray]:
         """Its samples at `rate` Hz, block by block."""
         blocks = [self._samples] if self._samples is not None else self._reader.blocks(self.start, self.end)
@@ -133,11 +138,11 @@ class Generated:
         write_audio(Path(path), self.samples[item], self.sample_rate, subtype=subtype)
 
     def _repr_html_(self) -> str:
-        """Up to eight items, at their true level (IPython's own player would normalise them)."""
+        """Up to four items, at their true level (IPython's own player would normalise them)."""
         from seqmodels.tasks.audio.picture import draw_picture
 
         parts = []
-        for samples, bits in zip(self.samples[:8], self.bits_per_sample, strict=False):
+        for samples, bits in zip(self.samples[:4], self.bits_per_sample, strict=False):
             wav, png = io.BytesIO(), io.BytesIO()
             _write_wav(wav, samples, self.sample_rate)
             draw_picture(png, samples, self.sample_rate, f"{bits:.3f} bits per sample")

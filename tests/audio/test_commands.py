@@ -1,5 +1,6 @@
 """The commands of audio, called as the command line calls them."""
 
+import csv
 import hashlib
 import json
 import os
@@ -116,6 +117,9 @@ def test_a_recording_is_gone_on_from_at_the_rate_of_the_model(make, tmp_path, ca
     assert (len(new), len(whole)) == (160, 800 + 160)
     np.testing.assert_array_equal(whole[800:], new)
     np.testing.assert_allclose(whole[50:750], tone(300, 800)[50:750], atol=0.01)
+    full = make("full.wav", prompt=str(tmp_path / "clip.wav"), include_prompt=True, out_rate=44100, picture=False)
+    full, recorded = soundfile.read(full)[0], soundfile.read(tmp_path / "clip.wav")[0][:, 0]
+    np.testing.assert_array_equal(full[: 4410 - 221], recorded[: 4410 - 221])
     assert json.loads((tmp_path / "whole.json").read_text())["new_sound_starts_at_seconds"] == 0.1
 
 
@@ -134,6 +138,14 @@ def test_a_recording_is_gone_on_from_at_the_rate_of_the_model(make, tmp_path, ca
         ({"seconds": 0.0}, "seconds is 0"),
         ({"number": 0}, "number is 0"),
         ({"device": "warp"}, "device 'warp'"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"prompt": None, "guidance": 2.0}, "told nothing to guide by"),
+        ({"text": "hello"}, "knows no text"),
+        ({"out_rate": 3}, "out-rate is 3 Hz"),
+        ({"name": "x.mp3", "out_rate": 9000}, "no sample rate 9000"),
+        ({"subtype": "PCM_99"}, "has no subtype 'PCM_99'"),
+        ({"stream": True, "number": 2}, "drop --number"),
+        ({"stream": True, "normalize": "peak"}, "drop --number, --normalize"),
     ],
 )
 def test_a_bad_request_is_refused_in_one_line_and_writes_nothing(make, tmp_path, options, reason):
@@ -168,6 +180,115 @@ def test_a_model_that_is_not_of_sound_is_refused(tmp_path):
     seqmodels.save(seqmodels.build(config, seed=0), tmp_path / "dna")
     with pytest.raises(InputError, match="not 'mu_law'"):
         commands.generate(model=str(tmp_path / "dna"), output=tmp_path / "x.wav")
+
+
+def test_a_streamed_file_is_readable_while_it_grows_and_at_last_what_would_be_written_at_once(
+    make, tmp_path, monkeypatch
+):
+    from seqmodels.tasks.audio.waveform import Writer
+
+    write_audio(tmp_path / "clip.wav", tone(300, 2000), 8000)
+    options = {"prompt": str(tmp_path / "clip.wav"), "seconds": 0.25, "include_prompt": True, "picture": False}
+    expected = make("a.wav", out_rate=16000, **options).read_bytes()
+    lengths, write = [], Writer.write
+
+    def watched(writer, samples):
+        write(writer, samples)
+        lengths.append(len(read_audio(writer.path)[0]))
+
+    monkeypatch.setattr(Writer, "write", watched)
+    streamed = make("b.wav", out_rate=16000, stream=True, **options)
+    assert streamed.read_bytes() == expected
+    assert max(lengths) == soundfile.info(streamed).frames
+    assert len(set(lengths)) > 3
+    told = [json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab"]
+    assert told[0]["bits_per_sample"] == pytest.approx(told[1]["bits_per_sample"])
+    for key in ("new_samples", "sample_rate", "new_sound_starts_at_seconds", "ended_by_model"):
+        assert told[0][key] == told[1][key]
+
+
+def test_standard_output_gets_the_samples_alone(checkpoint, make, capfdbinary):
+    expected = soundfile.read(make("x.wav", picture=False), dtype="int16")[0]
+    capfdbinary.readouterr()
+    commands.generate(model=checkpoint, prompt="seven", seconds=0.02, output=Path("-"))
+    output = capfdbinary.readouterr()
+    np.testing.assert_array_equal(np.frombuffer(output.out, "<i2"), expected)
+    assert b"s16le" in output.err
+
+
+def test_every_recording_of_a_folder_is_gone_on_from_as_if_alone_and_bad_ones_are_told(make, tmp_path, capsys):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name, frequency in (("a", 200), ("b", 500)):
+        write_audio(clips / f"{name}.flac", tone(frequency, 900), 8000)
+    alone = make("alone.wav", prompt=str(clips / "b.flac"), picture=False).read_bytes()
+    (clips / "c.wav").write_text("not a sound")
+    assert make("x.wav", prompt=f"{clips}/", picture=False)
+    assert "c.wav: cannot be read" in capsys.readouterr().err
+    assert (tmp_path / "x_b.wav").read_bytes() == alone
+    assert (tmp_path / "x_a.wav").read_bytes() != alone
+    assert not (tmp_path / "x_c.wav").exists()
+    for path in clips.iterdir():
+        path.write_text("not a sound")
+    with pytest.raises(InputError, match="none of its 3 recordings"):
+        make("y.wav", prompt=f"{clips}/", picture=False)
+
+
+def test_the_level_asked_for_is_in_the_file_and_clipping_is_told(make, tmp_path, capsys):
+    loud = soundfile.read(make("x.flac", normalize="peak", subtype="PCM_24", picture=False))[0]
+    assert 20 * np.log10(np.abs(loud).max()) == pytest.approx(-1, abs=0.01)
+    assert soundfile.info(tmp_path / "x.flac").subtype == "PCM_24"
+    write_audio(tmp_path / "clip.wav", tone(300, 900), 8000)
+    capsys.readouterr()
+    make("y.wav", normalize="lufs", seconds=0.1, picture=False)
+    assert "shorter than 0.4 s" in capsys.readouterr().err
+    # what goes on from a float recording twenty times beyond full scale is as loud
+    soundfile.write(tmp_path / "loud.wav", 60 * tone(300, 900), 8000, subtype="FLOAT")
+    make("z.wav", prompt=str(tmp_path / "loud.wav"), picture=False)
+    assert "beyond full scale were clipped; --normalize peak" in capsys.readouterr().err
+    assert json.loads((tmp_path / "z.json").read_text())["clipped_samples"] > 0
+
+
+def test_the_output_is_never_the_prompt(make, tmp_path):
+    write_audio(tmp_path / "clip.wav", tone(300, 900), 8000)
+    before = (tmp_path / "clip.wav").read_bytes()
+    with pytest.raises(InputError, match="is also the prompt"):
+        make("clip.wav", prompt=str(tmp_path / "clip.wav"), stream=True)
+    assert (tmp_path / "clip.wav").read_bytes() == before
+
+
+def test_scores_are_the_bits_of_evaluation_and_windows_add_up_to_them(checkpoint, sounds, tmp_path, capsys):
+    commands.evaluate(sounds, model=checkpoint, labels=False, split="all", output=tmp_path / "bits.json")
+    results = json.loads((tmp_path / "bits.json").read_text())
+    capsys.readouterr()
+    files = [sounds / f"{i}.flac" for i in range(12)]
+    tables = []
+    for options in ({}, {"window": 0.03, "chunk": 97}):
+        assert commands.score(files, model=checkpoint, output=tmp_path / "t.tsv", **options) == 0
+        with (tmp_path / "t.tsv").open() as file:
+            tables.append(list(csv.DictReader(file, delimiter="\t")))
+    whole, windows = tables
+    bits = [float(row["bits_per_sample"]) * int(row["samples"]) for row in whole]
+    assert sum(bits) / results["samples"] == pytest.approx(results["bits_per_sample"], abs=1e-4)
+    ends = np.mean([float(row["end_bits"]) for row in whole])
+    assert ends == pytest.approx(results["end_bits_per_clip"], abs=1e-3)
+    for row, total in zip(whole, bits, strict=True):
+        parts = [part for part in windows if part["file"] == row["file"]]
+        assert sum(float(p["bits_per_sample"]) * int(p["samples"]) for p in parts) == pytest.approx(total, rel=1e-5)
+        assert [float(part["start"]) for part in parts] == pytest.approx([0.03 * i for i in range(len(parts))])
+        assert float(parts[-1]["end"]) == float(row["end"])
+
+
+def test_a_recording_that_cannot_be_scored_does_not_stop_the_others(checkpoint, sounds, tmp_path, capsys):
+    (tmp_path / "bad.wav").write_text("not a sound")
+    arguments = ["audio", "score", str(tmp_path / "bad.wav"), str(sounds / "3.flac"), "--model", checkpoint]
+    assert main([*arguments, "--label", "digit=one"]) == 2
+    output = capsys.readouterr()
+    assert "bad.wav: cannot be read" in output.err
+    assert output.out.splitlines()[1].startswith(str(sounds / "3.flac"))
+    assert main(["audio", "score", str(tmp_path / "bad.wav"), "--model", checkpoint]) == 2
+    assert main([*arguments, "--label", "digit=ten"]) == 2
+    assert "digit has no value 'ten'" in capsys.readouterr().err
 
 
 def test_evaluation_prints_a_table_and_writes_the_same_numbers(checkpoint, sounds, tmp_path, capsys):

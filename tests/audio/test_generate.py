@@ -13,7 +13,7 @@ from seqmodels.kernels.draw import draw
 from seqmodels.sampling import Sampling, prefill
 from seqmodels.tasks.audio.datasets import lay_out
 from seqmodels.tasks.audio.evaluate import score
-from seqmodels.tasks.audio.generate import generate, label_ids, prompt_labels
+from seqmodels.tasks.audio.generate import FADE, Heard, Stream, generate, joined, label_ids, prompt_labels
 from seqmodels.tasks.audio.waveform import MuLaw
 
 MU_LAW = MuLaw()
@@ -282,3 +282,182 @@ def test_a_prompt_that_is_or_looks_like_a_file_is_a_recording(tmp_path):
 def test_a_prompt_that_cannot_be_understood_is_refused_with_a_way_out(conditions, prompt, given, reason):
     with pytest.raises(InputError, match=reason):
         prompt_labels(conditions, prompt, given)
+
+
+LABELS = {"digit": "seven"}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"number": 2, "batch": 2}, {"sampling": Sampling(0.9, 50, 0.95, guidance=1.7)}]
+)
+def test_two_halves_resumed_are_the_whole_to_the_bit(model, options):
+    wave = noise(333)
+    whole = generate(model, labels=LABELS, prompt=wave, seconds=0.07, seed=2, **options)
+    half = generate(model, labels=LABELS, prompt=wave, seconds=0.03, seed=2, **options)
+    rest = generate(model, state=half.state, seconds=0.04)
+    for item in range(len(whole.samples)):
+        np.testing.assert_array_equal(np.concatenate([half.samples[item], rest.samples[item]]), whole.samples[item])
+        np.testing.assert_array_equal(np.concatenate([half.log_p[item], rest.log_p[item]]), whole.log_p[item])
+    again = generate(model, state=half.state, seconds=0.04)  # going on does not use the state up
+    np.testing.assert_array_equal(again.tokens[0], rest.tokens[0])
+
+
+def test_a_state_survives_a_file(model, tmp_path):
+    half = generate(model, labels=LABELS, seconds=0.03, seed=2)
+    torch.save(half.state, tmp_path / "state.pt")
+    kept = torch.load(tmp_path / "state.pt", weights_only=False)
+    a, b = (generate(model, state=state, seconds=0.02) for state in (half.state, kept))
+    assert_same_item(a, 0, b, 0)
+
+
+def test_what_has_ended_stays_ended(model):
+    eager = with_end_bias(model, 50.0)
+    made = generate(eager, seconds=0.2, number=2, batch=2)
+    rest = generate(eager, state=made.state, seconds=0.1)
+    assert made.ended == rest.ended == [True, True]
+    assert [len(samples) for samples in rest.samples] == [0, 0]
+    assert list(Stream(eager, labels=LABELS, state=generate(eager, labels=LABELS, seconds=0.2).state)) == []
+
+
+@pytest.mark.parametrize("chunk", [0.001, 0.02, 1.0])
+def test_a_stream_is_what_would_be_made_at_once_in_chunks(model, chunk):
+    made = generate(model, labels=LABELS, seconds=0.05, seed=4)
+    stream = Stream(model, labels=LABELS, seconds=0.05, seed=4, chunk=chunk)
+    np.testing.assert_array_equal(np.concatenate(list(stream)), made.samples[0])
+    assert stream.bits_per_sample == pytest.approx(made.bits_per_sample[0])
+    ended = Stream(with_end_bias(model, 50.0), chunk=chunk)
+    assert sum(map(len, ended)) == 800
+    assert ended.ended
+
+
+def test_a_stream_can_be_left_and_taken_up_again(model):
+    whole = np.concatenate(list(Stream(model, seconds=0.06, seed=4)))
+    stream = Stream(model, seconds=0.06, seed=4, chunk=0.01)
+    begun = [next(stream) for _ in range(2)]
+    rest = Stream(model, seconds=0.04, state=stream.state)
+    np.testing.assert_array_equal(np.concatenate([*begun, *rest]), whole)
+
+
+def test_guidance_one_changes_nothing_and_two_changes_what_is_drawn_but_not_how_it_is_judged(model):
+    plain, one, two = (
+        generate(model, labels=LABELS, seconds=0.05, sampling=Sampling(guidance=guidance)) for guidance in (1, 1.0, 2)
+    )
+    assert_same_item(plain, 0, one, 0)
+    assert not np.array_equal(two.tokens[0], plain.tokens[0])
+    clips = lay_out([np.zeros(len(two.tokens[0]), np.float32)], MU_LAW, labels=label_ids(CONDITIONS, LABELS).numpy())
+    clips.samples[1:-1] = MU_LAW.decode(two.tokens[0])
+    assert two.bits_per_sample[0] == pytest.approx(score(model, clips).bits_per_sample(), abs=1e-4)
+
+
+def test_guided_logits_are_those_of_the_untold_model_moved_towards_the_told_ones(model):
+    greedy = Sampling(temperature=0, guidance=2.5)
+    made = generate(model, labels=LABELS, seconds=0.03, sampling=greedy).tokens[0]
+    ids = torch.from_numpy(np.concatenate([[MU_LAW.bos], made]))[None]
+    with torch.no_grad():
+        told, untold = (model(ids, conditions=label_ids(CONDITIONS, told))[0][0, :-1] for told in (LABELS, {}))
+    guided = untold + 2.5 * (told - untold)
+    guided[:, MU_LAW.bos :] = -torch.inf  # too early for the end
+    chosen = guided.gather(1, ids[0, 1:, None])[:, 0]
+    assert (guided.amax(1) - chosen).max() < 1e-4
+
+
+def test_guidance_without_anything_told_is_refused(model):
+    with pytest.raises(InputError, match="told nothing to guide by"):
+        generate(model, sampling=Sampling(guidance=2.0))
+
+
+def test_any_long_recording_is_read_a_block_at_a_time(model, tmp_path, monkeypatch):
+    import soundfile
+
+    from seqmodels.tasks.audio import waveform
+
+    soundfile.write(tmp_path / "long.wav", noise(50000), 16000)
+    expected = generate(model, prompt=tmp_path / "long.wav", seconds=0.01)
+    monkeypatch.setattr(waveform, "BLOCK", 1000)
+    asked, passed, read, forward = [], [], soundfile.SoundFile.read, model.forward
+    monkeypatch.setattr(
+        soundfile.SoundFile, "read", lambda file, n, **options: asked.append(n) or read(file, n, **options)
+    )
+    monkeypatch.setattr(model, "forward", lambda ids, *a, **o: passed.append(ids.shape[1]) or forward(ids, *a, **o))
+    found = generate(model, prompt=tmp_path / "long.wav", seconds=0.01)
+    assert max(asked) <= 1000
+    assert max(passed) <= 1000
+    assert sum(passed) == 25000 + 1 + 79
+    np.testing.assert_array_equal(found.tokens[0], expected.tokens[0])
+
+
+def test_of_a_prompt_counts_what_lies_between_start_and_end(model, tmp_path):
+    import soundfile
+
+    wave = noise(8000)
+    soundfile.write(tmp_path / "x.wav", wave, 8000, subtype="FLOAT")
+    part = Heard(tmp_path / "x.wav", MU_LAW, start=0.25, end=0.5)
+    assert_same_item(
+        generate(model, prompt=part, seconds=0.02), 0, generate(model, prompt=wave[2000:4000], seconds=0.02), 0
+    )
+    for options, reason in (
+        ({"start": 1.5}, "has no sound from 1.5 s"),
+        ({"start": 0.5, "end": 0.5}, "has no sound"),
+        ({"start": -1.0}, "start of the prompt is -1"),
+        ({"end": math.nan}, "end of the prompt is nan"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            Heard(tmp_path / "x.wav", MU_LAW, **options)
+
+
+@pytest.mark.parametrize("out_rate", [8000, 16000, 44100])
+def test_the_recording_before_new_sound_is_as_recorded_but_for_a_short_crossfade(out_rate, tmp_path):
+    import soundfile
+
+    wave = (0.4 * np.sin(2 * np.pi * 200 * np.arange(out_rate) / out_rate)).astype(np.float32)
+    soundfile.write(tmp_path / "x.wav", wave, out_rate, subtype="FLOAT")
+    heard = Heard(tmp_path / "x.wav", MU_LAW)
+    new = (0.4 * np.sin(2 * np.pi * 200 * np.arange(8000, 12000) / 8000)).astype(np.float32)
+    whole = np.concatenate(list(joined(heard, [new[:1500], new[1500:]], 8000, out_rate)))
+    fade = round(FADE * out_rate)
+    np.testing.assert_array_equal(whole[: out_rate - fade], wave[:-fade])
+    assert len(whole) == pytest.approx(1.5 * out_rate, abs=2)
+    ideal = 0.4 * np.sin(2 * np.pi * 200 * np.arange(len(whole)) / out_rate)
+    assert np.abs(whole - ideal)[: int(1.49 * out_rate)].max() < 0.02  # of which mu-law's rounding is most: no click
+    if out_rate == 8000:
+        np.testing.assert_array_equal(whole[8000:], new)
+
+
+def test_a_prompt_shorter_than_the_crossfade_goes_over_smoothly():
+    whole = list(joined(Heard(noise(5), MU_LAW), [noise(100, 1)], 8000, 8000))
+    assert sum(map(len, whole)) == 105
+
+
+def test_a_notebook_shows_a_player_and_a_picture_of_each_item(model):
+    html = generate(model, seconds=0.02, number=5)._repr_html_()
+    assert html.count("<audio controls") == html.count("<img") == 4
+    assert "and 1 more" in html
+
+
+def test_what_was_made_is_saved_in_the_format_of_the_suffix(model, tmp_path):
+    made = generate(model, seconds=0.05, number=2)
+    made.save(tmp_path / "x.flac", 1, subtype="PCM_24")
+    from seqmodels.tasks.audio.waveform import read_audio
+
+    np.testing.assert_allclose(read_audio(tmp_path / "x.flac")[0], made.samples[1], atol=2**-23)
+    assert made.log_p[0].shape == made.samples[0].shape
+
+
+def test_a_model_of_text_is_told_text_and_guided_by_it():
+    mu_law = MuLaw(text=12)
+    config = tiny_config(())
+    talker = build(
+        ModelConfig(
+            vocab_size=mu_law.vocab_size, backbone=config.backbone, head=config.head, tie_embeddings=False,
+            tokenizer=mu_law.to_dict(),
+        ),
+        seed=0,
+    ).eval()  # fmt: skip
+    options = {"seconds": 0.05, "sampling": Sampling(temperature=1.5)}
+    plain, hello, bye = (generate(talker, text=text, **options) for text in (None, "hello", "bye"))
+    assert len({tuple(made.tokens[0]) for made in (plain, hello, bye)}) == 3
+    assert max(made.tokens[0].max() for made in (plain, hello, bye)) < 256
+    guided = generate(talker, text="hello", seconds=0.05, sampling=Sampling(1.5, guidance=0.0))
+    assert_same_item(guided, 0, plain, 0)  # guidance 0 is the model that is told nothing
+    with pytest.raises(InputError, match="shorten it"):
+        generate(talker, text="a text of too many bytes", **options)
