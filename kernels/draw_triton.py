@@ -1,7 +1,8 @@
 """The step of sampling in Triton: one launch, a program per row.
 
-In float64, as the definition is, at no cost that matters: a row is a few hundred numbers. Nothing is sorted: the least
-logit that top_k or top_p keep is found by halving the range that it must be in.
+Logits and exponentials are float32, sums of probabilities float64, so that the numbers drawn with meet those of the
+definition but for one in some million. Nothing is sorted: the least logit that top_k or top_p keep is found by halving
+the range that it must be in.
 """
 
 import torch
@@ -24,7 +25,7 @@ def draw_step(
             logits, barred, *draws, logits.stride(0), float(temperature), float(top_p), float(guidance), end, shortest,
             B=b, V=v, W=w, TOP_K=top_k if 0 < top_k < v else 0, TOP_P=top_p < 1, GREEDY=temperature == 0,
             GUIDED=guidance != 1, COPIES=len(draws.ids) // b, BLOCK_V=triton.next_power_of_2(v),
-            num_warps=1 if v <= 1024 else 4,
+            num_warps=4,
         )  # fmt: skip
 
 
@@ -40,12 +41,12 @@ def _draw_step(
     m_v = o_v < V
     step = tl.load(step_ptr + row)
     column = row * W + step % W
-    told = tl.load(logits_ptr + row * stride + o_v, mask=m_v, other=float("-inf")).to(tl.float64)
+    told = tl.load(logits_ptr + row * stride + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
     log_sum = tl.max(told, 0)
     log_sum += tl.log(tl.sum(tl.exp(told - log_sum), 0))
     p = told
     if GUIDED:
-        untold = tl.load(logits_ptr + (B + row) * stride + o_v, mask=m_v, other=0.0).to(tl.float64)
+        untold = tl.load(logits_ptr + (B + row) * stride + o_v, mask=m_v, other=0.0).to(tl.float32)
         p = untold + guidance * (tl.where(m_v, told, 0.0) - untold)
     barred = tl.load(barred_ptr + o_v, mask=m_v, other=1) != 0
     p = tl.where(barred | ((o_v == end) & (step < shortest)), float("-inf"), p)
@@ -54,13 +55,11 @@ def _draw_step(
     else:
         p /= temperature
         if TOP_K > 0:
-            ones = tl.full([BLOCK_V], 1.0, tl.float64)
-            p = tl.where(p > _below(p, ones, TOP_K), p, float("-inf"))
+            p = tl.where(p > _below(p, tl.full([BLOCK_V], 1.0, tl.float64), TOP_K), p, float("-inf"))
         x = p - tl.max(p, 0)
-        p = tl.exp(x)
-        p /= tl.sum(p, 0)
+        p = tl.exp(x).to(tl.float64)
         if TOP_P:
-            p = tl.where(x > _below(x, p, top_p), p, 0.0)
+            p = tl.where(x > _below(x, p, top_p * tl.sum(p, 0)), p, 0.0)
         cumulative = tl.cumsum(p, 0)
         goal = tl.load(uniform_ptr + column) * tl.sum(p, 0)
         possible = (p > 0) & m_v
@@ -68,7 +67,7 @@ def _draw_step(
         token = tl.minimum(token, tl.max(tl.where(possible, o_v, 0), 0))  # where rounding left none above the goal
     tl.store(tokens_ptr + column, token.to(tl.int64))
     chosen = tl.max(tl.where(o_v == token, told, float("-inf")), 0)
-    tl.store(nats_ptr + column, (chosen - log_sum).to(tl.float32))
+    tl.store(nats_ptr + column, chosen - log_sum)
     for copy in range(COPIES):
         tl.store(ids_ptr + copy * B + row, token.to(tl.int64))
     alive = tl.load(alive_ptr + row) != 0
@@ -81,7 +80,7 @@ def _below(x, weight, limit):
     """A number below the least x whose larger ones together weigh less than the limit, above the next smaller x."""
     high = tl.max(x, 0)
     low = tl.min(tl.where(x > float("-inf"), x, high), 0) - 1.0
-    for _ in range(50):
+    for _ in range(40):
         middle = 0.5 * (low + high)
         fits = tl.sum(tl.where(x > middle, weight, 0.0), 0) < limit
         high = tl.where(fits, middle, high)

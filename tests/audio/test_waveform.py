@@ -8,10 +8,12 @@ from seqmodels.errors import InputError
 from seqmodels.tasks.audio.waveform import (
     FORMATS,
     MuLaw,
+    Writer,
     mu_law_of,
     peak_normalise,
     read_audio,
     resample,
+    resampled,
     write_audio,
 )
 
@@ -135,6 +137,78 @@ def test_the_tokenizer_survives_its_dictionary():
     assert mu_law_of(mu_law.to_dict()) == mu_law
     with pytest.raises(InputError, match="not 'mu_law'"):
         mu_law_of({"type": "dna"})
+
+
+UNUSUAL = {  # name: samples, rate, subtype
+    "192 kHz": (sine(440, 192000), 192000, "PCM_16"),
+    "8 channels": (np.stack([sine(440, 48000)] * 8, 1), 48000, "PCM_16"),
+    "24 bits": (sine(440, 16000), 16000, "PCM_24"),
+    "float64": (sine(440, 16000), 16000, "DOUBLE"),
+    "mu-law": (sine(440, 16000), 16000, "ULAW"),
+    "clipped": (np.clip(99 * sine(440, 16000), -1, 1), 16000, "PCM_16"),
+    "coprime rate": (sine(440, 44101), 44101, "PCM_16"),
+    "beyond full scale": (1e20 * sine(440, 16000), 16000, "FLOAT"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_recordings_become_the_tokens_of_the_same_tone(tmp_path, name):
+    samples, rate, subtype = UNUSUAL[name]
+    soundfile.write(tmp_path / "x.wav", samples, rate, subtype=subtype)
+    tokens, _ = MuLaw().tokens(*read_audio(tmp_path / "x.wav"))
+    assert len(tokens) == pytest.approx(4000, abs=1)
+    assert loudest_frequency(MuLaw().decode(tokens), 8000) == pytest.approx(440, abs=4)
+    assert tokens.max() - tokens.min() > 240
+
+
+def test_silence_is_the_middle_token(tmp_path):
+    write_audio(tmp_path / "x.wav", np.zeros(1000, np.float32), 8000)
+    assert (MuLaw().tokens(*read_audio(tmp_path / "x.wav"))[0] == 128).all()
+
+
+@pytest.mark.parametrize(("inside", "suffix"), [(".flac", ".mp3"), (".wav", ".flac"), (".ogg", ".wav")])
+def test_a_wrong_suffix_does_not_matter_to_the_reader(tmp_path, inside, suffix):
+    write_audio(tmp_path / f"x{inside}", sine(440, 8000), 8000)
+    (tmp_path / f"x{inside}").rename(tmp_path / f"y{suffix}")
+    assert len(read_audio(tmp_path / f"y{suffix}")[0]) == 4000
+
+
+@pytest.mark.parametrize(("rate", "new_rate"), [(16000, 8000), (8000, 44100), (44101, 8000), (8000, 8000)])
+def test_resampling_block_by_block_is_resampling_at_once(rate, new_rate):
+    whole = sine(440, rate, 0.3)
+    blocks = np.split(whole, [1, 50, 51, 2000])
+    np.testing.assert_array_equal(
+        np.concatenate(list(resampled(blocks, rate, new_rate))), resample(whole, rate, new_rate)
+    )
+
+
+def test_a_header_with_an_impossible_rate_is_refused(tmp_path):
+    soundfile.write(tmp_path / "x.wav", sine(440, 8000), 8000)
+    data = bytearray((tmp_path / "x.wav").read_bytes())
+    for rate in (3, 2**31 - 1):
+        data[24:28] = rate.to_bytes(4, "little")
+        (tmp_path / "x.wav").write_bytes(data)
+        with pytest.raises(InputError, match=f"its header says {rate} Hz"):
+            read_audio(tmp_path / "x.wav")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_growing_file_ends_as_if_written_at_once(tmp_path, suffix):
+    whole = sine(440, 8000, 3)
+    write_audio(tmp_path / f"a{suffix}", whole, 8000)
+    with Writer(tmp_path / f"b{suffix}", 8000, grow=True) as writer:
+        for block in np.split(whole, [7, 8000, 8001]):
+            writer.write(block)
+    ours, expected = (read_audio(tmp_path / f"{name}{suffix}")[0] for name in "ba")
+    np.testing.assert_allclose(ours, expected, atol=0 if suffix in (".wav", ".flac") else 0.05)
+
+
+def test_clipped_samples_are_counted_but_floats_keep_them(tmp_path):
+    for subtype, clipped, peak in ((None, 2, 1.0), ("FLOAT", 0, 2.0)):
+        with Writer(tmp_path / "x.wav", 8000, subtype=subtype) as writer:
+            writer.write(np.array([0.5, 2.0, -1.5, 1.0], np.float32))
+        assert writer.clipped == clipped
+        assert np.abs(read_audio(tmp_path / "x.wav")[0]).max() == pytest.approx(peak, abs=1e-4)
 
 
 def broken_files(folder):
