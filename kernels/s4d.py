@@ -80,9 +80,7 @@ def s4d(
     y = torch.fft.irfft(torch.fft.rfft(pieces, 2 * q) * torch.fft.rfft(kernel, 2 * q)[:, None], 2 * q)[..., :q]
     if of is not None:
         y = torch.zeros_like(chunks).index_add(1, of, y * shown)
-    into = _parts(dB[..., None] * powers[..., :q].flip(-1), 1).transpose(
-        1, 2
-    )  # (e, q, m): to the state at a chunk's end
+    into = _parts(dB[..., None] * powers[..., :q].flip(-1), 1).mT  # (e, q, m): to the state at a chunk's end
     state = torch.zeros(b, e, dA.shape[1], dtype=dA.dtype, device=x.device)
     state = state if initial_state is None else initial_state.to(dA.dtype)
     before = state[:, None]  # (b, c, e, n): the state where each chunk begins
