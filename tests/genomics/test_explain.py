@@ -131,6 +131,15 @@ def test_mutagenesis_is_what_reading_every_changed_sequence_by_itself_gives(mode
         np.testing.assert_allclose(found.given, before if p_before is None else p_before, atol=1e-9)
 
 
+def test_a_model_that_reads_in_one_direction_reads_what_precedes_a_base_once(models, monkeypatch):
+    explainer, read = explainer_of(models["causal"], batch_tokens=100), []
+    real = explainer.model.read
+    monkeypatch.setattr(explainer.model, "read", lambda ids, state: (read.append(ids.numel()), real(ids, state))[1])
+    explainer.mutagenesis(tokens("ACGTTGCATA" * 30), 290, 292)
+    assert sum(read) == 300 + 290 + 2 * 3 * 10  # as it is, what precedes, and both bases' exchanges to the end
+    assert max(read) <= 100
+
+
 def relaxed(backbone, x, change):
     """What a table gives for x (b, l, 4), any numbers: of each k-mer a row, embedded and changed, summed over all."""
     known, kmer = x.detach().sum(-1, keepdim=True), backbone.kmer
@@ -408,6 +417,15 @@ def test_a_picture_has_a_letter_as_high_as_its_base_is_important_and_a_square_fo
     assert maps[2].get_xticklabels()[0].get_text() == "1,130"
     module.write_picture(tmp_path / "p.png", [panel])
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_too_little_memory_is_one_line(models, genome, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Explainer, "gradient", full)
+    with pytest.raises(InputError, match="65536 bases at a time do not fit into memory; lower --batch-tokens"):
+        explain([genome[0]], models["causal"], tmp_path / "o.tsv", method="gradient", device="cpu")
 
 
 @pytest.mark.gpu
