@@ -17,7 +17,7 @@ BLOCKS = {
     "window": AttentionConfig(num_heads=2, window=40),
     "attention": AttentionConfig(num_heads=2),
 }
-PAIRS = [("mamba2", "s4d"), ("mamba", "attention"), ("s4d", "mamba"), ("window", "s4d-real")]
+PAIRS = [("mamba2", "s4d"), ("mamba", "attention"), ("s4d", "mamba"), ("s4d-real", "window")]
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LENGTH, FIRST = 10_240, 10_160
 DEVICES = [pytest.param("cpu", FIRST, id="cpu"), pytest.param("cuda", 1, marks=GPU, id="cuda-all-steps")]
