@@ -45,7 +45,7 @@ from seqmodels.heads import LanguageModel
 from seqmodels.table import Format, Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.inference import Dtype, Strand, load, scores_of
 from seqmodels.tasks.genomics.intervals import Interval
-from seqmodels.tasks.genomics.logo import BASES, Panel, check_picture, write_picture
+from seqmodels.tasks.genomics.logo import BASES, PER_ROW, Panel, check_picture, write_picture
 from seqmodels.tasks.genomics.manifest import manifest_of, write_manifest
 from seqmodels.tasks.genomics.pieces import ANSWERED, Intervals, Records, sources_of
 from seqmodels.tasks.genomics.tokens import MASK, A, N, T, Tokens, decode, reverse_complement
@@ -55,7 +55,7 @@ Method = Literal["mutagenesis", "gradient"]
 Floats = NDArray[np.float64]
 _IDENTITY = ["file", "seq", "start", "name", "strand", "ref", "alt", "class", "strands", "model"]
 _SHOWN = ["seq", "start", "ref", "alt", "class", "dp", "dlogit", "change", "llr", "importance", "status", "note"]
-_PICTURED = 6000  # bases that a picture has room for
+_PICTURED = 60  # rows that a picture has room for
 
 
 def explain(
@@ -139,7 +139,7 @@ def explain(
         track_format: bedgraph or bigwig (needs pip install pyBigWig).
         picture: File for a picture (.png, .svg or .pdf): the bases as letters as high as they are important, 100 in a
             row, upside down where they speak against the class; below them the change that each base would make. It
-            has room for 6,000 bases.
+            has room for 60 rows.
         strand: Which strand is read. fwd: as written (that of an interval, if it has one); rev: the other one; both:
             the mean of both (of the logits, or of the log-likelihoods). Bases keep their places in any case. A model of
             both strands says the same whichever is given.
@@ -713,7 +713,7 @@ class _Drawn:
     ) -> None:  # fmt: skip
         self._method = method
         self._tracks = None if track is None else Tracks(track, track_format)
-        self._picture, self._panels, self._bases = picture, list[Panel](), 0
+        self._picture, self._panels, self._rows = picture, list[Panel](), 0
         self._given, self._score = _score_columns(explainer)
         predicted = ("predicted",) if explainer.targets != "regression" else explainer.classes
         self._names = tuple(dict.fromkeys(label)) if label else predicted
@@ -727,9 +727,9 @@ class _Drawn:
             own = list(group)
             changes = _changes(stretch, own, self._score)
             importances.append(importance(changes))
-            if self._picture is not None and self._bases < _PICTURED:
+            if self._picture is not None and self._rows < _PICTURED:
                 self._panels.append(self._panel(stretch, name, own[0].get(self._given), changes))
-            self._bases += len(changes)
+            self._rows += -(-len(changes) // PER_ROW)
         if self._tracks is not None:
             common = {name: stretch.common[name] for name in ("seq", "file", "status")}
             places = range(stretch.place.start, stretch.place.end)
@@ -743,7 +743,7 @@ class _Drawn:
             )  # fmt: skip
 
     def _panel(self, stretch: Stretch, name: str, given: float | None, changes: Floats) -> Panel:
-        place, room = stretch.place, _PICTURED - self._bases
+        place, room = stretch.place, PER_ROW * (_PICTURED - self._rows)
         what = name if given is None else f"{name} ({'p' if self._given == 'p_ref' else 'value'} = {given:.3g})"
         strand = ", minus strand" if place.strand == "-" else ""
         positions = np.arange(place.start, place.end) + 1
@@ -765,7 +765,7 @@ class _Drawn:
         if self._picture is not None and self._panels:
             write_picture(self._picture, self._panels)
             written.append(self._picture)
-            if self._bases > _PICTURED:
-                said = f"{self._picture} shows the first {_PICTURED} of {self._bases} bases; see --span and --region"
+            if self._rows > _PICTURED:
+                said = f"{self._picture} shows the first {_PICTURED} of {self._rows} rows; see --span and --region"
                 print(f"longseq: {said}", file=sys.stderr)
         return written

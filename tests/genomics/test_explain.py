@@ -419,6 +419,17 @@ def test_a_picture_has_a_letter_as_high_as_its_base_is_important_and_a_square_fo
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_what_a_picture_has_no_room_for_is_said(models, genome, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(module, "write_picture", lambda path, panels: drawn.extend(panels))
+    monkeypatch.setattr(module, "_PICTURED", 3)
+    monkeypatch.setattr(module, "PER_ROW", 5)
+    options = {"region": ["chr1:1-8", "chr1:30-41", "chr1:50-51"], "method": "gradient", "picture": tmp_path / "p.pdf"}
+    assert explain([genome[0]], models["causal"], device="cpu", **options) == 0
+    assert [panel.letters for panel in drawn] == [genome[1][:8], genome[1][29:34]]
+    assert "p.pdf shows the first 3 of 6 rows; see --span and --region" in capsys.readouterr().err
+
+
 def test_too_little_memory_is_one_line(models, genome, tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
