@@ -4,7 +4,7 @@ import base64
 import difflib
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class State:
     """
 
     given: Tensor
-    "(1, conditions) ids of the labels, or (2, conditions) with guidance, the second not given."
+    "(items, conditions) ids of the labels; with guidance twice as many rows, the second half not given."
     sampling: Sampling
     seed: int
     items: range
@@ -182,7 +182,6 @@ def generate(
     samples.
     """
     mu_law, limit = mu_law_of(model.config.tokenizer), _limit(model, seconds)
-    results, spent, steps = [], 0.0, 0
     if state is None:
         batch = batch if batch is not None else 1 if model.device.type == "cpu" else 256
         for name, value in (("number", number), ("batch", batch)):
@@ -192,6 +191,40 @@ def generate(
         takes = (begin.sampler(range(i, min(i + batch, number))) for i in range(0, number, batch))
     else:
         takes = [(_sampler(model, state.kept, state), state)]
+    return _collect(takes, limit, mu_law, progress)
+
+
+def generate_each(
+    model: Any,
+    labels: Sequence[Mapping[str, str]],
+    *,
+    seconds: float = 2.0,
+    batch: int = 256,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    progress: Callable[[int], Any] = lambda samples: None,
+) -> Generated:
+    """New sound for each of the labels, `batch` items together: item i is generate(labels=labels[i])'s item i."""
+    mu_law, limit, sampling = mu_law_of(model.config.tokenizer), _limit(model, seconds), sampling or Sampling()
+
+    def takes() -> Iterator[tuple[Sampler, State]]:
+        for first in range(0, len(labels), batch):
+            items = range(first, min(first + batch, len(labels)))
+            given = torch.cat([label_ids(model.config.conditions, labels[item]) for item in items])
+            if sampling.guidance != 1:
+                given = torch.cat([given, label_ids(model.config.conditions, {}).expand(len(items), -1)])
+            about = State(given.to(model.device), sampling, seed, items, 1.0)
+            start = torch.from_numpy(np.append(mu_law.text_tokens(None), mu_law.bos)).expand(len(given), -1)
+            yield _sampler(model, prefill(model, [start], _or_none(about.given)), about), about
+
+    return _collect(takes(), limit, mu_law, progress)
+
+
+def _collect(
+    takes: Iterable[tuple[Sampler, State]], limit: int, mu_law: MuLaw, progress: Callable[[int], Any]
+) -> Generated:
+    """What samplers make, one after another, each `limit` samples at most."""
+    results, spent, steps = [], 0.0, 0
     for sampler, about in takes:
         alive = sampler.alive.tolist()
         tokens, nats, took = run(sampler, limit, progress=progress)
@@ -302,7 +335,7 @@ class Beginning:
             self.logits.repeat_interleave(rows, 0),
             map_state(self.state, lambda tensor: tensor.repeat_interleave(rows, 0)),
         )
-        about = State(self.given, self.sampling, self.seed, items, self.gain)
+        about = State(self.given.repeat_interleave(rows, 0), self.sampling, self.seed, items, self.gain)
         return _sampler(self.model, after, about), about
 
 
@@ -316,7 +349,7 @@ def _sampler(model: Any, after: Any, about: State) -> Sampler:
     return Sampler(
         model, after, seeds=[(about.seed, item) for item in about.items], sampling=about.sampling,
         barred=mu_law.unsound, end=mu_law.eos, shortest=round(SHORTEST * mu_law.sample_rate),
-        conditions=_or_none(about.given.repeat_interleave(len(about.items), 0)),
+        conditions=_or_none(about.given),
     )  # fmt: skip
 
 

@@ -83,7 +83,10 @@ def metrics(
     known = load_judges(judges)
     made = open_clips(generated, known)
     train, real = open_real(data, known, table, test, validation)
-    results = measure(known, made, train, real, reject=reject)
+    sets = {"generated": made}
+    if reject is not None:
+        sets["after rejection"] = kept(made, reject)
+    results = measure(known, sets, train, real)
     print(as_table(results))
     if output is not None:
         write_json(output, {"generated": str(generated), "data": str(data), "judges": str(judges), **results})
@@ -126,28 +129,18 @@ def _ids(rows: pl.DataFrame, label: str, judge: Judge) -> np.ndarray:
 
 
 def measure(
-    judges: Mapping[str, Judge],
-    generated: Sounds,
-    train: Sounds,
-    test: Sounds,
-    *,
-    reject: tuple[float, float] | None = None,
-    seed: int = 0,
+    judges: Mapping[str, Judge], generated: Mapping[str, Sounds], train: Sounds, test: Sounds, *, seed: int = 0
 ) -> dict[str, Any]:
-    """All figures, JSON-ready: {"judges": ..., "sets": {"generated": ..., "test": ..., "train": ..., controls}}."""
+    """All figures of sets of generated recordings, of test, train and the controls: {"judged", "sets": {name: ...}}."""
     rng = np.random.default_rng(seed)
     sets = {
-        "generated": generated,
+        **generated,
         "test": test,
         "train": train,
         "random phases": test.changed(lambda wave: m.phase_randomised(wave, rng)),
         "backwards": test.changed(lambda wave: wave[::-1].copy()),
         "white noise": test.changed(lambda wave: m.white_noise(wave, rng)),
     }
-    facts = {}
-    if reject is not None:
-        sets = {"generated": generated, "after rejection": kept(generated, reject), **sets}
-        facts["rejection"] = {"kept, from the least to the most likely": list(reject), "set": "after rejection"}
     main = next(iter(judges))
     heard = {name: {label: one.hear(clips.waves) for label, one in judges.items()} for name, clips in sets.items()}
     reference = heard["train"][main]
@@ -156,7 +149,7 @@ def measure(
         for name, clips in sets.items()
     }
     rate = judges[main].config.sample_rate
-    shapes = {name: judges[main].shapes(sets[name].waves) for name in ("generated", "test", "train")}
+    shapes = {name: judges[main].shapes(sets[name].waves) for name in (*generated, "test", "train")}
     mu_law = MuLaw(sample_rate=rate)
     tokens = {name: [mu_law.tokens(wave, rate)[0] for wave in sets[name].waves] for name in shapes}
     audible = np.abs(mu_law.decode(np.arange(mu_law.levels))) > m.AUDIBLE
@@ -179,7 +172,7 @@ def measure(
             rows[name]["diversity within labels, log-mel nats"] = m.diversity(found, groups)
         if not own:
             rows[name]["copies from training"] = m.copies(tokens[name], known, audible)
-    return {"judged": list(judges), **facts, "sets": rows}
+    return {"judged": list(judges), "sets": rows}
 
 
 def kept(clips: Sounds, fractions: tuple[float, float]) -> Sounds:

@@ -13,7 +13,16 @@ from seqmodels.kernels.draw import draw
 from seqmodels.sampling import Sampling, prefill
 from seqmodels.tasks.audio.datasets import lay_out
 from seqmodels.tasks.audio.evaluate import score
-from seqmodels.tasks.audio.generate import FADE, Heard, Stream, generate, joined, label_ids, prompt_labels
+from seqmodels.tasks.audio.generate import (
+    FADE,
+    Heard,
+    Stream,
+    generate,
+    generate_each,
+    joined,
+    label_ids,
+    prompt_labels,
+)
 from seqmodels.tasks.audio.waveform import MuLaw
 
 MU_LAW = MuLaw()
@@ -92,6 +101,18 @@ def test_items_decoded_together_are_the_same_up_to_rounding(model):
     for item in range(3):
         np.testing.assert_array_equal(apart.tokens[item], together.tokens[item])
         assert apart.bits_per_sample[item] == pytest.approx(together.bits_per_sample[item], abs=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_items_of_different_labels_are_each_what_it_would_be_alone(model, guidance):
+    labels = [{"digit": "one"}, {"digit": "seven", "speaker": "theo"}, {}]
+    options = {"seconds": 0.05, "sampling": Sampling(guidance=guidance), "seed": 3}
+    made = generate_each(model, labels, batch=2, **options)
+    assert made.state is None
+    for item, told in enumerate(labels[:2] if guidance != 1 else labels):
+        alone = generate(model, labels=told, number=item + 1, **options)
+        assert np.mean(made.tokens[item][:200] == alone.tokens[item][:200]) > 0.9  # rounding may move one apart
+        np.testing.assert_allclose(made.log_p[item][:20], alone.log_p[item][:20], atol=1e-3)
 
 
 def test_a_longer_limit_only_goes_on_from_the_shorter_one(model):
