@@ -300,6 +300,7 @@ def evaluate(
     conditions: str = "",
     text: str | None = None,
     labels: bool = True,
+    context: int = 0,
     output: Path | None = None,
     batch_tokens: int = 65536,
     device: str = "auto",
@@ -321,6 +322,7 @@ def evaluate(
             default found by their values.
         text: Column of the text that the model is told, if it was trained with text.
         labels: Whether the model is told the labels.
+        context: Read recordings in pieces of so many samples, knowing nothing from before each; 0 reads them whole.
         output: JSON file to write the results to.
         batch_tokens: Positions that go through the model at a time.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
@@ -336,6 +338,8 @@ def evaluate(
 
     if output is not None and not output.parent.is_dir():
         raise InputError(f"{output}: there is no folder {output.parent}; create it first")
+    if context < 0:
+        raise InputError(f"--context is {context}; expected a number of samples, or 0 for whole recordings")
     network = seqmodels.load(model, device=choose_device(device))
     mu_law = mu_law_of(network.config.tokenizer)
     recordings = open_recordings(data, table)
@@ -369,11 +373,14 @@ def evaluate(
     waves, texts = recordings.select(chosen).read(mu_law.sample_rate), texts_of(rows, text)
     clips = lay_out(waves, mu_law, labels=told.reshape(ids.shape), texts=texts)
     with _progress(len(chosen), "clips") as advance:
-        scores = score(network, clips, batch_tokens=batch_tokens, progress=advance)
+        scores = score(network, clips, batch_tokens=batch_tokens, longest=context or None, progress=advance)
     results = report(scores, network.config.conditions, ids)
     print(as_table(results))
     if output is not None:
-        write_json(output, facts | {"labels_told": labels, "text_told": text} | results | {"versions": versions()})
+        write_json(
+            output,
+            facts | {"labels_told": labels, "text_told": text, "context": context} | results | {"versions": versions()},
+        )
 
 
 def score(

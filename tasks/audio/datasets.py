@@ -146,7 +146,9 @@ class ClipData:
     not_given: np.ndarray
     "Per condition, the id that means 'not given'."
     batch_tokens: int = 65536
-    "Positions of a batch, padding included; a longer clip is cut into pieces of at most this length."
+    "Positions of a batch, padding included."
+    longest: int = 0
+    "Samples of a piece at most, into which longer clips are cut; 0, or more than a batch has: as many as that."
     seed: int = 0
     "Seed of order, variations, withheld labels and texts."
     label_dropout: float = 0.1
@@ -190,7 +192,11 @@ class ClipData:
 
     def validation_batches(self) -> list[dict[str, torch.Tensor]]:
         """All validation clips, with their labels and texts."""
-        return batches(self.validation, self.batch_tokens, longest=self.batch_tokens)
+        return batches(self.validation, self.batch_tokens, longest=self._longest)
+
+    @property
+    def _longest(self) -> int:
+        return min(self.longest or self.batch_tokens, self.batch_tokens)
 
     def steps_per_epoch(self) -> int:
         """Batches of the first epoch (later ones differ by a few, as the clips' lengths do)."""
@@ -209,7 +215,7 @@ class ClipData:
             other = rng.integers(min(1, speeds - 1), speeds, len(clips))
             chosen = np.where(rng.random(len(clips)) < self.as_recorded, 0, other)
             pieces, offsets, lengths = split_long(
-                self.train.offsets[chosen, clips], self.train.lengths[chosen, clips], self.batch_tokens
+                self.train.offsets[chosen, clips], self.train.lengths[chosen, clips], self._longest
             )
             gains = 10 ** (-self.quieter * rng.random(len(clips)) / 20)
             gains *= np.where(rng.random(len(clips)) < 0.5 * self.flip, -1, 1)

@@ -42,17 +42,19 @@ def score(
     clips: Clips,
     *,
     batch_tokens: int = 65536,
+    longest: int | None = None,
     progress: Any = lambda n: None,
 ) -> Scores:
     """Scores of every clip as recorded, told its labels and its text, on the device of the model.
 
     Clips of similar length go through the model together, at most `batch_tokens` positions at a time; longer ones in
-    chunks with the state handed on, so that any length fits.
+    chunks with the state handed on, so that any length fits. With `longest` clips are cut into pieces of so many
+    samples, of each of which the model knows nothing before it begins.
     """
     device = next(model.parameters()).device
     end = clips.mu_law.eos
     bits, end_bits = np.zeros(len(clips)), np.zeros(len(clips))
-    for batch in batches(clips, batch_tokens, longest=None):
+    for batch in batches(clips, batch_tokens, longest=longest):
         rows = batch["clips"].numpy()
         labels = batch["conditions"].to(device) if "conditions" in batch else None
         state, chunk = None, max(1, batch_tokens // len(rows))
@@ -61,8 +63,8 @@ def score(
             logits, state = model(ids, state, conditions=labels)
             nats = F.cross_entropy(logits.float().mT, targets, ignore_index=IGNORED, reduction="none")
             in_bits = nats.double() / math.log(2)
-            bits[rows] += in_bits.masked_fill(targets == end, 0).sum(1).cpu().numpy()
-            end_bits[rows] += in_bits.masked_fill(targets != end, 0).sum(1).cpu().numpy()
+            np.add.at(bits, rows, in_bits.masked_fill(targets == end, 0).sum(1).cpu().numpy())
+            np.add.at(end_bits, rows, in_bits.masked_fill(targets != end, 0).sum(1).cpu().numpy())
         progress(len(rows))
     return Scores(bits, clips.lengths[0] - 1, end_bits)
 

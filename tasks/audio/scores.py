@@ -13,7 +13,10 @@ import math
 import sys
 import zipfile
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +72,7 @@ def render(
     steps_per_beat: int = 4,
     copies: int = 1,
     seed: int = 0,
+    workers: int = 1,
     quiet: bool = False,
 ) -> None:
     """Play scores by simple instruments: recordings of equal length for `audio train`, with metadata.csv.
@@ -89,6 +93,7 @@ def render(
         steps_per_beat: Steps of the table that make a beat.
         copies: How often everything is played, each time drawn anew.
         seed: Seed of instruments, tempi and phases.
+        workers: Processes that play.
         quiet: No progress on a terminal.
     """
     from tqdm import tqdm
@@ -96,7 +101,13 @@ def render(
     chosen = [name.strip() for name in instruments.split(",")]
     if unknown := [name for name in chosen if name not in INSTRUMENTS]:
         raise InputError(f"{unknown[0]!r} is no instrument here; there are {', '.join(INSTRUMENTS)}")
-    given = {"seconds": seconds, "tempo": tempo[0], "copies": copies, "steps-per-beat": steps_per_beat}
+    given = {
+        "seconds": seconds,
+        "tempo": tempo[0],
+        "copies": copies,
+        "workers": workers,
+        "steps-per-beat": steps_per_beat,
+    }
     for name, value in given.items():
         if not 0 < value < math.inf:
             raise InputError(f"--{name} is {value}; expected more than 0")
@@ -108,28 +119,37 @@ def render(
     make_folder(folder)
     check_writable(folder / "x.flac", sample_rate)
     length, lines = round(seconds * sample_rate), ["file,split,instrument,tempo,seconds"]
-    total = copies * sum(map(len, music.values()))
-    with tqdm(total=total, unit=" steps", disable=quiet or not sys.stderr.isatty(), file=sys.stderr) as bar:
-        for (number, (split, roll)), copy in itertools.product(enumerate(music.items()), range(copies)):
-            first = 0
-            for i in itertools.count():
-                rng = np.random.default_rng((seed, number, copy, i))
-                name, beats = chosen[rng.integers(len(chosen))], rng.uniform(*tempo)
-                step = 60 / beats / steps_per_beat
-                last = first + math.ceil(seconds / step)
-                if last > len(roll):
-                    break
-                file = f"{split}_{copy}_{i:04}.flac"
-                wave = play(roll[first:last], INSTRUMENTS[name], step, sample_rate, rng)
-                write_audio(folder / file, wave[:length], sample_rate)
-                lines.append(f"{file},{split},{name},{beats:.1f},{seconds:g}")
-                bar.update(last - first)
-                first = last
+    jobs = []
+    for (number, (split, roll)), copy in itertools.product(enumerate(music.items()), range(copies)):
+        first = 0
+        for i in itertools.count():
+            rng = np.random.default_rng((seed, number, copy, i))
+            name, beats = chosen[rng.integers(len(chosen))], rng.uniform(*tempo)
+            step = 60 / beats / steps_per_beat
+            last = first + math.ceil(seconds / step)
+            if last > len(roll):
+                break
+            file = f"{split}_{copy}_{i:04}.flac"
+            jobs.append((folder / file, roll[first:last], name, step, sample_rate, length, rng))
+            lines.append(f"{file},{split},{name},{beats:.1f},{seconds:g}")
+            first = last
     if len(lines) == 1:
         raise InputError(f"{scores}: its splits are shorter than {seconds:g} s; give a smaller --seconds")
+    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
+    with (
+        pool or nullcontext(),
+        tqdm(total=len(jobs), unit=" recordings", disable=quiet or not sys.stderr.isatty(), file=sys.stderr) as bar,
+    ):
+        for _ in (pool.map if pool else map)(_record, jobs):
+            bar.update()
     with replacing(folder / "metadata.csv") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
     print(f"{folder}: {len(lines) - 1} recordings of {seconds:g} s at {sample_rate} Hz")
+
+
+def _record(job: tuple[Path, NDArray[np.bool_], str, float, int, int, np.random.Generator]) -> None:
+    path, roll, name, step, sample_rate, length, rng = job
+    write_audio(path, play(roll, INSTRUMENTS[name], step, sample_rate, rng)[:length], sample_rate)
 
 
 def play(

@@ -37,6 +37,8 @@ class DataConfig:
     "Hz; recordings at another rate are resampled."
     batch_tokens: int = 131072
     "Samples per batch, padding and text included."
+    longest: int = 0
+    """Longest context: longer recordings are cut into pieces of so many samples; 0 means as many as a batch has."""
     speed_change: int = 6
     "Percent by which half of the clips are slower or faster at most, pitch included; 0 means none."
     flip: bool = False
@@ -55,6 +57,8 @@ class DataConfig:
         for name, value, most in (("speed_change", self.speed_change, 50), ("label_dropout", self.label_dropout, 1)):
             if not 0 <= value <= most:
                 raise InputError(f"{name} is {value}; expected 0 to {most}")
+        if self.longest < 0:
+            raise InputError(f"longest is {self.longest}; expected a number of samples, or 0")
         for name, value in (("quieter", self.quieter), ("silence", self.silence)):
             if not 0 <= value <= 60:
                 raise InputError(f"{name} is {value}; expected 0 to 60")
@@ -165,6 +169,7 @@ def load_data(
         **clips,
         not_given=np.array([len(condition.values) for condition in conditions], dtype=np.int64),
         batch_tokens=config.batch_tokens,
+        longest=config.longest,
         seed=config.seed,
         label_dropout=0.0 if classify else config.label_dropout,
         flip=config.flip,

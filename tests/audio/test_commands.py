@@ -314,6 +314,24 @@ def test_evaluation_does_not_depend_on_batches(checkpoint, sounds, tmp_path):
     assert bits == pytest.approx([bits[0]] * 3, abs=1e-4)
 
 
+def test_a_context_cuts_recordings_into_pieces_that_know_nothing_of_each_other(checkpoint, sounds, tmp_path):
+    found = {}
+    for context, tokens in ((0, 65536), (5000, 65536), (300, 65536), (300, 700)):
+        commands.evaluate(
+            sounds, model=checkpoint, split="all", context=context, batch_tokens=tokens, output=tmp_path / "bits.json"
+        )
+        result = json.loads((tmp_path / "bits.json").read_text())
+        assert result["context"] == context
+        found[context, tokens] = (result["bits_per_sample"], result["end_bits_per_clip"], result["samples"])
+    assert found[5000, 65536] == pytest.approx(found[0, 65536], abs=1e-4)
+    assert found[300, 700] == pytest.approx(found[300, 65536], abs=1e-4)
+
+    assert found[300, 700][0] != pytest.approx(found[0, 65536][0], abs=1e-5)
+    assert len({samples for _, _, samples in found.values()}) == 1
+    with pytest.raises(InputError, match="context is -1"):
+        commands.evaluate(sounds, model=checkpoint, context=-1)
+
+
 def test_withholding_the_labels_changes_the_bits_but_not_the_groups(checkpoint, sounds, tmp_path):
     commands.evaluate(sounds, model=checkpoint, output=tmp_path / "told.json")
     commands.evaluate(sounds, model=checkpoint, labels=False, output=tmp_path / "untold.json")

@@ -252,6 +252,19 @@ def test_pieces_of_a_long_clip_join_to_the_whole():
         np.testing.assert_array_equal(clips.tokens(joined), sequence(clips, 0, clip))
 
 
+def test_no_piece_is_longer_than_the_longest_context_and_none_is_lost():
+    data = clip_data(speeds=(), longest=700)
+    batches_of_epoch = [data.train_batch(step) for step in range(data.steps_per_epoch())]
+    assert max(batch["ids"].shape[1] for batch in batches_of_epoch) == 768  # padded to a multiple of 256
+    assert max(int((batch["targets"] >= 0).sum(1).max()) for batch in batches_of_epoch) == 700
+    counted = sum(int((batch["targets"] >= 0).sum()) for batch in batches_of_epoch)
+    assert counted == data.train.lengths[0].sum()
+    assert max(batch["ids"].shape[1] for batch in data.validation_batches()) == 768
+    assert (
+        max(batch["ids"].shape[1] for batch in clip_data(longest=10**9, batch_tokens=512).validation_batches()) == 512
+    )
+
+
 def test_cutting_into_batches_uses_every_piece_once():
     lengths = np.random.default_rng(0).integers(1, 5000, 300)
     groups = cut_batches(lengths, 8192)
