@@ -105,7 +105,7 @@ def label_bases(
     tables = []
     for feature in features:  # label by strands
         plus, minus = (ids[f"{feature}{s}"] for s in (suffixes * 2)[:2])
-        tables.append(np.array([IGNORED, plus, minus, IGNORED if stranded else plus], dtype=np.int8))
+        tables.append(np.array([IGNORED, plus, minus, IGNORED if stranded else plus], dtype=np.int16))
     runs = {
         seq: _painted(own, tables, ids[BACKGROUND], lengths[seq], None if inside is None else inside.get(seq, []))
         for seq, own in places.items()
@@ -153,13 +153,13 @@ def _gaps(transcripts: Iterable[list[Interval]]) -> Iterator[Interval]:
 
 def _painted(
     places: list[list[tuple[int, int, int]]],
-    tables: list[NDArray[np.int8]],
+    tables: list[NDArray[np.int16]],
     background: int,
     length: int,
     inside: list[tuple[int, int]] | None,
 ) -> Runs:
     """Labels of one sequence: features (start, end, strand) painted over each other, the first one last."""
-    labels = np.full(length, background, dtype=np.int8)
+    labels = np.full(length, background, dtype=np.int16)
     strands = np.zeros(length, dtype=np.uint8)
     for own, table in zip(reversed(places), reversed(tables), strict=True):
         strands[:] = 0

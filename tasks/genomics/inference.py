@@ -153,10 +153,8 @@ class Classifier:
             ids = torch.from_numpy(np.concatenate(rest))[None]
             return two_sweeps(self.model.backbone, ids, chunk=self.chunk), "two-sweeps"
         if self.reading == "two-sweeps":
-            return (
-                None,
-                f"more than {longest} bases, for which two sweeps have memory here; leave --reading out for windows",
-            )
+            note = f"more than {longest} bases, for which two sweeps have memory here; leave --reading out for windows"
+            return None, note
         tokens = (torch.from_numpy(part)[None] for part in _rechunked(chain(rest, parts), self.chunk))
         return windows(self.model.backbone, tokens, window=self.batch_tokens, context=self.overlap), "windows"
 
