@@ -163,17 +163,14 @@ def segmented(
                 for _ in piece.rest or ():  # complete the counts
                     pass
                 row = _placed(piece, classifier.name) | {"reading": reading}
-                if parts is None:
+                if parts is None and row["status"] in ANSWERED:
                     row |= {"status": "too_long", "note": reading}
                 kept = Kept(first, kepts.end - first, row.get("strand") == "-")
-                if row["status"] not in ANSWERED:
-                    yield place, [row | {"reading": ""}]
-                else:
-                    yield (
-                        place,
-                        [_row(row, classifier.classes, *found) for found in kepts.segments(kept, 0, kept.bases)],
-                    )
-                if row["status"] not in ANSWERED or tracks is None or not tracks.take(row, kept):
+                rows = [row | {"reading": ""}]
+                if answered := row["status"] in ANSWERED:
+                    rows = [_row(row, classifier.classes, *found) for found in kepts.segments(kept, 0, kept.bases)]
+                yield place, rows
+                if not (answered and tracks is not None and tracks.take(row, kept)):
                     kepts.cut(first)
         except InputError as error:
             problems[place].append(str(error))

@@ -301,6 +301,22 @@ def test_records_that_cannot_be_read_get_a_row_and_no_track(directed, tmp_path, 
     assert "are not ok (1 empty, 1 invalid, 1 only_n)" in capsys.readouterr().err
 
 
+def test_where_memory_is_short_a_record_is_read_in_windows_or_said_to_be_too_long(directed, tmp_path, monkeypatch):
+    monkeypatch.setattr("seqmodels.tasks.genomics.inference.free_memory", lambda: 0)
+    text = planted(1000, 0)[0]
+    (tmp_path / "x.fa").write_text(f">long\n{text}\n>short\n{text[:100]}\n")
+    options = {"model": directed[True], "device": "cpu", "batch_tokens": 400, "chunk": 100, "overlap": 150}
+    assert classify([tmp_path / "x.fa"], **options, output=tmp_path / "w.tsv") == 0
+    rows = [row for row in rows_of(tmp_path / "w.tsv") if row["seq"] == "long"]
+    assert {row["reading"] for row in rows} == {"windows"}
+    assert [int(row["end"]) for row in rows[:-1]] == [int(row["start"]) for row in rows[1:]]
+    assert rows[-1]["end"] == "1000"
+    assert classify([tmp_path / "x.fa"], **options, reading="two-sweeps", output=tmp_path / "s.tsv") == 2
+    rows = rows_of(tmp_path / "s.tsv")
+    assert [(rows[0]["seq"], rows[0]["status"], rows[0]["label"])] == [("long", "too_long", "")]
+    assert {row["status"] for row in rows[1:]} == {"ok"}
+
+
 def test_codon_usage_finds_genes_and_is_evaluated_and_classified_like_a_network(tmp_path):
     rng = np.random.default_rng(0)
     codons = [a + b + c for a in "ACGT" for b in "ACGT" for c in "ACGT" if a + b + c not in ("TAA", "TAG", "TGA")]
