@@ -37,9 +37,14 @@ COMMANDS = {
         "score": "seqmodels.tasks.audio.commands",
         "train": "seqmodels.tasks.audio.train",
     },
+    "bench": {
+        "list": "seqmodels.bench",
+        "recall": "seqmodels.tasks.synthetic.recall",
+        "run": "seqmodels.bench",
+    },
 }
 
-USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help explains one
+USAGE = """usage: longseq dna|audio|bench COMMAND [...]; longseq dna COMMAND --help explains one
 
   longseq dna classify FILE...        label records, intervals or windows of FASTA files: a table, one row each
   longseq dna data list|get|info      public data sets by name, and what a data set holds
@@ -58,7 +63,10 @@ USAGE = """usage: longseq dna|audio COMMAND [...]; longseq dna COMMAND --help ex
   longseq audio metrics MADE DATA     what they recognise in it, beside real recordings and controls
   longseq audio render SCORES FOLDER  scores played by simple instruments, as long recordings
   longseq audio score FILE...         bits per sample of single recordings, also over time
-  longseq audio train DATA RUN        train on your own recordings"""
+  longseq audio train DATA RUN        train on your own recordings
+  longseq bench list                  the programs behind the tables
+  longseq bench recall --task T       train and test a model on a task of memory
+  longseq bench run NAME              measure a table again"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ ALLOWED = {  # what each part may import of the others
     "seqmodels": {"seqmodels"},
     "tasks/genomics": {"seqmodels", "seqmodels.tasks.genomics"},
     "tasks/audio": {"seqmodels", "seqmodels.tasks.audio"},
+    "tasks/synthetic": {"seqmodels", "seqmodels.tasks.synthetic"},
 }
 
 
@@ -74,7 +75,13 @@ def test_the_wheel_holds_the_parts_in_their_places_and_the_shipped_models(tmp_pa
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"seqmodels"}
-    for part in ("kernels/ssd.py", "tasks/genomics/classify.py", "tasks/audio/generate.py", "cli.py"):
+    for part in (
+        "kernels/ssd.py",
+        "tasks/genomics/classify.py",
+        "tasks/audio/generate.py",
+        "tasks/synthetic/recall.py",
+        "cli.py",
+    ):
         assert f"seqmodels/{part}" in names
     for model in ("enterobacteria", "spoken-digits"):
         for file in ("config.json", "model.safetensors", "README.md"):

@@ -17,7 +17,9 @@ CARDS = sorted((ROOT / "seqmodels" / "checkpoints").glob("*/README.md"))
 
 def commands(text):
     joined = text.replace("\\\n", " ")
-    return [re.sub(r"\s+#.*", "", line).strip("` ") for line in re.findall(r"(?m)^`?longseq (?:dna|audio) .*", joined)]
+    return [
+        re.sub(r"\s+#.*", "", line).strip("` ") for line in re.findall(r"(?m)^`?longseq (?:dna|audio|bench) .*", joined)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def test_the_file_tree_names_every_file_and_no_other():
         named = set(re.findall(r"(?m)^  (\w+\.py)", re.split(r"(?m)^\w", section)[0]))
         found = {p.name for p in (ROOT / folder).glob("*.py") if not p.name.startswith("__")}
         assert named == found
-    for folder in ("tasks/genomics", "tasks/audio"):
+    for folder in ("tasks/genomics", "tasks/audio", "tasks/synthetic"):
         line = next(line for line in tree.splitlines() if line.startswith(f"{folder}/"))
         found = {p.stem for p in (ROOT / folder).glob("*.py") if p.stem != "__init__"}
         assert set(re.findall(r"[\w]+", line.split(": ")[1])) == found

@@ -1,0 +1,164 @@
+"""`longseq bench list` and `run`: the programs behind the tables and figures, by name.
+
+They are what benchmarks/ of a checkout holds; an installed package has `bench recall` alone. A program is run as it is,
+unless SIZES says with which words; the results of the synthetic tasks are runs of `bench recall`.
+"""
+
+import ast
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from seqmodels.display import aligned
+from seqmodels.errors import InputError
+from seqmodels.record import folder_of
+
+CHECKOUT = Path(__file__).resolve().parent.parent / "benchmarks"
+Size = Literal["laptop", "gpu"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What follows a program's name in each size; None where it has none."""
+
+    laptop: str | None = ""
+    gpu: str | None = ""
+
+
+_GPU_ONLY = Sizes(laptop=None)
+SIZES = {
+    **dict.fromkeys(("causal_conv1d", "decode", "layers", "rms_norm", "selective_scan", "ssd"), _GPU_ONLY),
+    "batching": Sizes(
+        "$LONGSEQ_DATA/genomes/yeast_s288c/S288C.cds.bed.gz --mixers mamba2 --batches 0",
+        "$LONGSEQ_DATA/genomes/yeast_s288c/S288C.cds.bed.gz --device cuda --batch-tokens 262144",
+    ),
+    "classify": Sizes(gpu="--device cuda"),
+    "fasta": Sizes(gpu=None),
+    "gue": Sizes(*["$LONGSEQ_DATA/dna/gue runs/gue-kmer --name gue-kmer -- --baseline kmer"] * 2),
+    "kernels_cpu": Sizes(gpu=None),
+    "scaling": Sizes("--device cpu --lengths 1024 4096 --mixers mamba2 --layers 2"),
+    "sequence_parallel": Sizes("--device cpu --layers 2 --lengths 4096"),
+    "variants": Sizes(None, None),
+    "sweeps": Sizes(gpu="--length 4194304 --width 256 --device cuda --dtype bfloat16"),
+}
+_RECALL = {  # tables of the synthetic tasks: what, mixers, and what is varied on a GPU
+    "copying": ("Selective copying (Mamba paper, Table 1)", ("mamba", "mamba2", "attention", "lstm"), [""]),
+    "induction": (
+        "Induction heads, tested up to 2^20 (Mamba paper, Table 2)",
+        ("mamba", "mamba2", "attention", "window", "lstm"),
+        [""],
+    ),
+    "mqar": (
+        "Multi-query associative recall (Mamba-2 paper, Figure 8)",
+        ("mamba", *(f"mamba2 --d-state {n}" for n in (16, 64, 256)), "attention", "window", "lstm"),
+        [f"--length {length} --d-model {width}" for length in (256, 512, 1024) for width in (32, 64, 128, 256)],
+    ),
+}
+SEEDS = {"laptop": 1, "gpu": 3}
+
+
+def list() -> None:
+    """The programs behind the tables: name, sizes in which they can be run, and what they measure."""
+    rows = []
+    for name in _names():
+        sizes = ["laptop", "gpu"] if name in _RECALL else [s for s in ("laptop", "gpu") if _words(name, s) is not None]
+        rows.append({"name": name, "sizes": " ".join(sizes), "what": _what(name)})
+    print(aligned(rows, ["name", "sizes", "what"]), end="")
+    if not CHECKOUT.is_dir():
+        print("the programs of the other tables are in benchmarks/ of the source repository", file=sys.stderr)
+
+
+def run(name: str, size: Size = "laptop", show: bool = False) -> int:
+    """Run the program behind a table, and say which JSON files of results it has written.
+
+        longseq bench run kernels_cpu
+        longseq bench run mqar --size gpu --show        only says what would be run, one command per line
+
+    Args:
+        name: What `longseq bench list` shows.
+        size: laptop, which a CPU can do, or gpu.
+        show: Print the commands instead of running them, to choose some or to spread them over GPUs.
+
+    Returns:
+        0, or the code with which the program has failed.
+    """
+    known = _names()
+    if name not in known:
+        raise InputError(f"{name!r} is not the name of a program; the names are {', '.join(known)}")
+    commands = _commands(name, size)
+    if show:
+        print("\n".join(map(shlex.join, commands)))
+        return 0
+    before = _written()
+    for command in commands:
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            return done.returncode
+    for path in sorted(path for path, when in _written().items() if before.get(path) != when):
+        print(f"wrote {os.path.relpath(path)}")
+    return 0
+
+
+def results_folder(gpu: str) -> Path:
+    """Where results of a GPU (or 'cpu') belong: in a checkout benchmarks/results, otherwise the current folder."""
+    if not CHECKOUT.is_dir():
+        return Path()
+    return CHECKOUT / "results" / ("" if gpu == "cpu" else folder_of(gpu))
+
+
+def _names() -> tuple[str, ...]:
+    """The tables of the synthetic tasks, and the programs that record results."""
+    programs = (path.stem for path in CHECKOUT.glob("*.py") if _records(path.read_text()))
+    return (*_RECALL, *sorted(programs))
+
+
+def _records(source: str) -> bool:
+    parts = {name.split(".")[0] for node in ast.walk(ast.parse(source)) for name in _imported(node)}
+    return bool(parts & {"record", "timing"}) and "__main__" in source
+
+
+def _imported(node: ast.AST) -> tuple[str, ...]:
+    if isinstance(node, ast.Import):
+        return tuple(alias.name for alias in node.names)
+    return (node.module or "",) if isinstance(node, ast.ImportFrom) else ()
+
+
+def _what(name: str) -> str:
+    if name in _RECALL:
+        return _RECALL[name][0]
+    said = ast.get_docstring(ast.parse((CHECKOUT / f"{name}.py").read_text())) or ""
+    return " ".join(said.split("\n\n")[0].split())
+
+
+def _words(name: str, size: Size) -> str | None:
+    return getattr(SIZES.get(name, Sizes()), size)
+
+
+def _commands(name: str, size: Size) -> tuple[tuple[str, ...], ...]:
+    """The commands of a table, as words."""
+    if name in _RECALL:
+        start = (sys.executable, "-m", "seqmodels", "bench", "recall", "--task", name, "--size", size)
+        _, mixers, varied = _RECALL[name]
+        return tuple(
+            (*start, "--mixer", *shlex.split(f"{mixer} {options} --seed {seed}"))
+            for seed in range(SEEDS[size])
+            for options in (varied if size == "gpu" else [""])
+            for mixer in mixers
+        )
+    words, program = _words(name, size), os.path.relpath(CHECKOUT / f"{name}.py")
+    if words is None:
+        raise InputError(f"{name} has no size {size}; `python {program} --help` says what it needs")
+    words = os.path.expandvars(words)
+    if "$LONGSEQ_DATA" in words:
+        raise InputError(f"{name} reads data; set LONGSEQ_DATA to the folder that is meant in: {words}")
+    several = ("-m", "torch.distributed.run", "--nproc-per-node", "gpu" if size == "gpu" else "2")
+    return ((sys.executable, *(several if name == "sequence_parallel" else ()), program, *shlex.split(words)),)
+
+
+def _written() -> dict[Path, int]:
+    """When each file of results was written."""
+    return {path: path.stat().st_mtime_ns for path in (CHECKOUT / "results").rglob("*.json")}

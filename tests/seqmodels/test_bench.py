@@ -1,0 +1,127 @@
+"""`longseq bench`: every program that records results is found, and is run with words that it takes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from seqmodels import bench
+from seqmodels.cli import main
+from seqmodels.record import add_rows, commit
+
+PROGRAMS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout whose one program writes one of its results anew, or fails."""
+    folder = tmp_path / "benchmarks"
+    (folder / "results").mkdir(parents=True)
+    for name in ("old", "new"):
+        (folder / "results" / f"{name}.json").write_text("[]")
+    (folder / "record.py").write_text("")
+    (folder / "helper.py").write_text("import record\n")
+    (folder / "speed.py").write_text(
+        '"""How fast\nit is.\n\nMore."""\nimport sys, pathlib\nimport record\n'
+        'if __name__ == "__main__":\n'
+        '    pathlib.Path(__file__).with_name("results").joinpath("new.json").write_text("[1]")\n'
+        "    sys.exit(3 * (len(sys.argv) > 1))\n"
+    )
+    monkeypatch.setattr(bench, "CHECKOUT", folder)
+    monkeypatch.setitem(bench.SIZES, "speed", bench.Sizes(gpu="--fail"))
+    return folder
+
+
+def test_the_list_has_every_program_that_records_results_and_the_tables_of_the_tasks(checkout, capsys):
+    assert main(["bench", "list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines.keys() == {"name", "speed", "copying", "induction", "mqar"}
+    assert lines["speed"].endswith("How fast it is.")
+
+
+def test_run_says_which_results_were_written_and_hands_on_the_code_of_a_failure(checkout, capsys):
+    assert main(["bench", "run", "speed"]) == 0
+    written = capsys.readouterr().out.splitlines()
+    assert len(written) == 1
+    assert written[0].endswith("results/new.json")
+    assert main(["bench", "run", "speed", "--size", "gpu"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nonsense"], "'nonsense' is not the name of a program; the names are copying, induction, mqar"),
+        (["ssd", "--size", "laptop"], "ssd has no size laptop"),
+        (["gue"], "set LONGSEQ_DATA to the folder"),
+    ],
+)
+def test_bad_words_get_one_line(words, said, monkeypatch, capsys):
+    monkeypatch.delenv("LONGSEQ_DATA", raising=False)
+    assert main(["bench", "run", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def test_an_installed_package_has_the_tables_of_the_tasks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "CHECKOUT", tmp_path / "nowhere")
+    assert main(["bench", "list"]) == 0
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["name", "copying", "induction", "mqar"]
+    assert "source repository" in shown.err
+    assert bench.results_folder("NVIDIA H200") == Path()
+
+
+@pytest.mark.parametrize("size", ["laptop", "gpu"])
+def test_every_command_of_a_table_is_one_that_its_program_takes(size, monkeypatch):
+    """Its flags are in the program's source, or parse as those of `bench recall`."""
+    monkeypatch.setenv("LONGSEQ_DATA", "data")
+    for name in bench.SIZES:
+        words = getattr(bench.SIZES[name], size)
+        if words is None:
+            continue
+        source = (PROGRAMS / f"{name}.py").read_text() + (PROGRAMS / "timing.py").read_text()
+        own = words.split(" -- ")[0].split()
+        assert all(f'"{word}"' in source for word in own if word.startswith("--")), name
+    for task in ("copying", "induction", "mqar"):
+        commands = bench._commands(task, size)
+        assert len(set(commands)) == len(commands)
+        for command in commands[:: max(1, len(commands) // 7)]:
+            parse_recall(command[command.index("recall") + 1 :])
+
+
+def parse_recall(words):
+    from seqmodels.cli import _parser
+    from seqmodels.tasks.synthetic.recall import recall
+
+    parser = _parser(recall, "longseq bench recall")
+    return parser.parse_args(parser.spelled_out(list(words)))
+
+
+def test_rows_of_the_same_measurement_are_replaced_and_others_kept_also_by_many_at_a_time(tmp_path):
+    path = tmp_path / "deep" / "rows.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: add_rows(path, [{"op": i % 4, "shape": (1, 2), "ms": i}], ("op", "shape")), range(32)))
+    rows = json.loads(path.read_text())
+    assert sorted(row["op"] for row in rows) == [0, 1, 2, 3]
+    add_rows(path, [{"op": 2, "shape": (1, 2), "ms": 99}, {"op": 9, "shape": (1, 2), "ms": 1}], ("op", "shape"))
+    assert {row["op"]: row["ms"] for row in json.loads(path.read_text()) if row["op"] in (2, 9)} == {2: 99, 9: 1}
+    assert [p.name for p in path.parent.iterdir()] == ["rows.json"]
+
+
+def test_the_commit_is_that_of_this_repository_and_of_no_other_around_an_installed_package(tmp_path):
+    here = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROGRAMS, capture_output=True, text=True)
+    if here.returncode:
+        pytest.skip("not a git checkout")
+    assert commit().removesuffix("-dirty") == here.stdout.strip()
+    copy = tmp_path / "record.py"
+    copy.write_text((PROGRAMS.parent / "seqmodels" / "record.py").read_text())
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    spec = importlib.util.spec_from_file_location("copied_record", copy)
+    sys.modules["copied_record"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.commit() == "unknown"
