@@ -1,10 +1,10 @@
-# demo: the two jobs with the shipped models; test: the tests; lint: the linters; bench: timings. test-gpu and bench-gpu:
-# those that need an NVIDIA GPU. All in .venv, made when missing.
+# demo: the two jobs with the shipped models; test: the tests; lint: the linters; notebooks: executes them all; bench:
+# timings. test-gpu and bench-gpu: those that need an NVIDIA GPU. All in .venv, made when missing.
 PYTHON ?= python3
 RUN := .venv/bin
 
 
-.PHONY: demo test test-gpu lint bench bench-gpu clean
+.PHONY: demo test test-gpu lint notebooks bench bench-gpu clean
 
 demo: .venv/installed
 	$(RUN)/python examples/demo.py
@@ -18,6 +18,9 @@ test-gpu: .venv/tested
 lint: .venv/tested
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+
+notebooks: .venv/tested
+	for notebook in notebooks/*.ipynb; do $(RUN)/jupyter-execute --inplace $$notebook || exit; done
 
 bench: .venv/tested
 	cd benchmarks && ../$(RUN)/python kernels_cpu.py && ../$(RUN)/python fasta.py && ../$(RUN)/python classify.py
