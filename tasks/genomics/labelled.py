@@ -21,6 +21,7 @@ With targets "multi", a label is any number of names with ";" between them, and 
 import gzip
 import io
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +31,13 @@ from numpy.typing import NDArray
 from seqmodels.config import Targets
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.fasta import FastaReader
+from seqmodels.tasks.genomics.intervals import printable
 from seqmodels.tasks.genomics.tokens import Counts, Tokens, encode
 
 SPLITS = {"train": ("train",), "dev": ("dev", "valid", "validation", "val"), "test": ("test",)}
 _TABLES = (".csv", ".tsv", ".txt", ".parquet", ".data")
 _FASTA = (".fa", ".fna", ".fasta", ".ffn")
+_WHITE_SPACE = " \t\r\n"
 Columns = dict[str, list[str]]
 
 
@@ -144,13 +147,14 @@ def _from_any(
     if _suffix(path) not in _TABLES:
         return *_from_headers(path), False
     table = read_table(path)
+    rows = [i for i, values in enumerate(zip(*table.values(), strict=True)) if any(values)]  # not the empty lines
     if split is not None and "split" in table:
         wanted = SPLITS.get(split, (split,))
-        rows = [i for i, name in enumerate(table["split"]) if name in wanted]
-        table = {name: [column[i] for i in rows] for name, column in table.items()} | {"": [str(i) for i in rows]}
+        rows = [i for i in rows if table["split"][i] in wanted]
+    table = {name: [column[i] for i in rows] for name, column in table.items()}
     if {"file", "record"} <= table.keys():
         return *_from_long_records(table, path), True
-    return *_from_sequences(table, path, targets), False
+    return *_from_sequences(table, rows, path, targets), False
 
 
 def label_ids(
@@ -167,6 +171,8 @@ def label_ids(
         for name, text in zip(names, texts, strict=True):
             if text not in ids:
                 raise _unknown(where, text, name, classes)
+            if not text.isprintable():
+                raise InputError(f"{where}: label {text!r} of {name} cannot be printed; correct line ends and quotes")
         return np.array([ids[text] for text in texts], dtype=np.int64), classes
     if "label" in columns and targets == "multi":
         sets = [{part.strip() for part in text.split(";")} - {""} for text in columns["label"]]
@@ -220,19 +226,28 @@ def read_table(path: Path) -> dict[str, list[str]]:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
         content.decode("utf-8")
+        if content.strip() and not content.split(b"\n", 1)[0].strip():
+            raise InputError(
+                f"{path} begins with an empty line; remove it, so that the names of the columns come first"
+            )
         separator = "\t" if b"\t" in content.split(b"\n", 1)[0] else ","
         frame = polars.read_csv(io.BytesIO(content), separator=separator, infer_schema=False)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path") from None
-    except (OSError, EOFError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"cannot read {path}: {error}; copy or download it again") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not text in UTF-8; give a table as CSV or TSV") from None
     except polars.exceptions.NoDataError:
         raise InputError(f"{path} is empty; give a table with a header line") from None
     except polars.exceptions.PolarsError as error:
-        raise InputError(f"{path} is not a table: {str(error).splitlines()[0]}") from None
-    return {name.strip(): [value or "" for value in frame[name].to_list()] for name in frame.columns}
+        raise InputError(f"{path} is not a table: {printable(str(error).splitlines()[0])}; correct it") from None
+    columns = {
+        c.name.strip(): [(value or "").strip(_WHITE_SPACE) for value in c.to_list()] for c in frame.iter_columns()
+    }
+    if odd := next((name for name in columns if not name.isprintable()), None):
+        raise InputError(f"{path} is not a table with the line ends of Unix or Windows: it has a column {odd[:30]!r}")
+    return columns
 
 
 def read_labels(path: Path) -> dict[str, str]:
@@ -242,6 +257,8 @@ def read_labels(path: Path) -> dict[str, str]:
         raise InputError(f"{path} has the columns {', '.join(table)}; expected record and label")
     labels: dict[str, str] = {}
     for record, label in zip(table["record"], table["label"], strict=True):
+        if not record and not label:  # an empty line
+            continue
         if labels.setdefault(record, label) != label:
             raise InputError(f"{path} gives record {record!r} two labels, {labels[record]!r} and {label!r}; keep one")
         if not label:
@@ -249,15 +266,18 @@ def read_labels(path: Path) -> dict[str, str]:
     return labels
 
 
-def _from_sequences(table: Columns, path: Path, targets: Targets) -> tuple[list[str], list[Tokens], Columns]:
+def _from_sequences(
+    table: Columns, rows: list[int], path: Path, targets: Targets
+) -> tuple[list[str], list[Tokens], Columns]:
+    """A sequence per row; rows are their numbers in the file, from 0."""
     columns = {name: column for name, column in table.items() if name == "label" or name.startswith("label_")}
     if targets == "single" or "label" in columns:
         columns = {name: column for name, column in columns.items() if name == "label"} or columns
     sequences = table.get("sequence", table.get("seq"))
     if sequences is None or not columns:
-        found = ", ".join(name for name in table if name)
+        found = ", ".join(table)
         raise InputError(f"{path} has the columns {found}; expected sequence and label, or file, record and label")
-    lines = [int(row) + 2 for row in table.get("", range(len(sequences)))]
+    lines = [row + 2 for row in rows]
     tokens = []
     for i, (line, sequence) in enumerate(zip(lines, sequences, strict=True)):
         tokens.append(_checked(sequence.encode(), f"{path} line {line}"))
@@ -332,8 +352,8 @@ def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
         return (gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content).decode("utf-8")
-    except (OSError, EOFError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"cannot read {path}: {error}; copy or download it again") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not text in UTF-8; give sequences as text or FASTA") from None
 

@@ -337,3 +337,16 @@ def test_windows_are_balanced_and_lie_inside_one_record(long_folder, overlap, le
 def test_encode_is_what_the_records_hold(short_table):
     first = short_table.read_text().splitlines()[1].split(",")[0]
     assert np.array_equal(load_labelled(short_table).tokens[0], encode(first.encode()))
+
+
+def test_a_table_as_pandas_writes_it_and_empty_lines_change_no_row(tmp_path):
+    (tmp_path / "x.csv").write_text(",sequence,label\n7,ACGT,a\n\n3,ACGG,b \n,,\n\n")
+    records = load_labelled(tmp_path / "x.csv")
+    assert (records.names, records.classes) == (["row_2", "row_4"], ("a", "b"))
+    assert [decode(tokens) for tokens in records.tokens] == ["ACGT", "ACGG"]
+    (tmp_path / "x.csv").write_text("\nsequence,label\nACGT,a\n")
+    with pytest.raises(InputError, match="begins with an empty line"):
+        load_labelled(tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text("sequence,label\rACGT,a\r")
+    with pytest.raises(InputError, match="line ends of Unix or Windows"):
+        load_labelled(tmp_path / "x.csv")
