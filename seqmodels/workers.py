@@ -18,11 +18,13 @@ import queue
 import secrets
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Client, Connection, Listener
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed
@@ -30,6 +32,7 @@ from torch import multiprocessing
 
 from seqmodels.errors import InputError
 
+T = TypeVar("T")
 Make = Callable[[str], tuple[Any, Callable[[Iterator[Any]], Any]]]
 REQUESTS = 4  # per process, that are asked and not answered yet
 AHEAD = 1 << 28  # bytes per process, of requests in parts, that wait to be sent
@@ -45,6 +48,13 @@ class _Failure(NamedTuple):
 
     said: str
     is_input: bool
+
+
+def with_way_on(error: LostWorker, kept: Path | None) -> LostWorker:
+    """The same, with what to do: rows may have been kept in a file."""
+    return LostWorker(
+        f"{error}; " + (f"the rows before it are in {kept}: go on with --resume" if kept else "start again")
+    )
 
 
 def devices_of(device: str, count: int) -> list[str]:
@@ -211,6 +221,28 @@ class Workers:
                     self._facts.set_exception(said)
                 self._changed.notify_all()
         return said
+
+
+def in_order(
+    asked: Iterable[T], done: Callable[[T], bool], size: Callable[[T], int] = lambda _: 1, most: int = 4096
+) -> Iterator[T]:
+    """Things that have been asked for, in order and soon, but no more than `most` of their sizes wait to be done.
+
+    When a process is lost, those before what is lost come first.
+    """
+    pending: deque[T] = deque()
+    waiting = 0
+    try:
+        for item in asked:
+            pending.append(item)
+            waiting += size(item)
+            while pending and (waiting > most or done(pending[0])):
+                waiting -= size(pending[0])
+                yield pending.popleft()
+    except LostWorker:
+        yield from pending
+        raise
+    yield from pending
 
 
 def serve(make: Make, device: str) -> None:

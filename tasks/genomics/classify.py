@@ -1,7 +1,7 @@
 """`longseq dna classify`: FASTA files in, a table with one row per record, interval or window out."""
 
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -17,6 +17,7 @@ from seqmodels.tasks.genomics.classify_bases import SHOWN, BaseTracks, Kepts, co
 from seqmodels.tasks.genomics.inference import (
     Answer,
     BaseClassifier,
+    Classifier,
     Dtype,
     Facts,
     Logits,
@@ -33,7 +34,7 @@ from seqmodels.tasks.genomics.manifest import manifest_of, write_manifest
 from seqmodels.tasks.genomics.pieces import ANSWERED, Cut, Intervals, Records, sources_of
 from seqmodels.tasks.genomics.tokens import Tokens
 from seqmodels.tasks.genomics.tracks import TrackFormat, Tracks
-from seqmodels.workers import LostWorker, dismiss, torchrun
+from seqmodels.workers import LostWorker, dismiss, in_order, torchrun, with_way_on
 
 _PLACED = ["file", "seq", "start", "end", "name", "strand", "length", "model"]
 _SHOWN_PLACED = ["seq", "start", "end", "name", "strand", "label", "prob", "status", "note"]
@@ -152,7 +153,7 @@ def classify(
     per_base = labels_bases(model)
     if per_base:
         _check_per_base(window, resume, devices)
-    elif serve_first(device, **options):
+    elif serve_first(Classifier, device, **options):
         return 0
     if output is not None and any(str(f) != "-" and f.exists() and output.resolve() == f.resolve() for f in files):
         raise InputError(f"the output {output} is also an input; give another name")
@@ -174,7 +175,9 @@ def classify(
     progress = tqdm(unit="base", unit_scale=True, disable=quiet or not sys.stderr.isatty())
     with (
         (
-            nullcontext(BaseClassifier(device=device, **options)) if per_base else opened(device, devices, **options)
+            nullcontext(BaseClassifier(device=device, **options))
+            if per_base
+            else opened(Classifier, device, devices, **options)
         ) as engine,
         Kepts(engine, output and output.parent) if isinstance(engine, BaseClassifier) else nullcontext() as kepts,
         TableWriter(
@@ -202,9 +205,7 @@ def classify(
                     tracks.add(rows, facts.classes, _SCORE[facts.targets])
                 progress.update(sum(row["length"] for row in rows))
         except LostWorker as error:
-            kept = table.keep()
-            way_on = f"the rows before it are in {kept}: go on with --resume" if kept else "start again"
-            raise LostWorker(f"{error}; {way_on}") from None
+            raise with_way_on(error, table.keep()) from None
         what, fine = "rows" if per_base else _what(identity, cut), ("ok", "only_n") if cut else ("ok",)
         for source, said, counts in zip(sources, problems, statuses, strict=True):
             if bad := {status: count for status, count in counts.items() if status not in fine}:
@@ -315,27 +316,17 @@ def _classified(
     The first `kept` rows may lack their predictions. The others do not depend on `kept`, not in their last digit: they
     go through the model with the same neighbours.
     """
-    pending: deque[tuple[int, _Group]] = deque()
-    given = waiting = 0
 
-    def finished(everything: bool) -> Iterator[tuple[int, list[Row]]]:
-        nonlocal waiting
-        while pending and (everything or waiting > _ROWS or pending[0][1].done()):
-            place, group = pending.popleft()
-            waiting -= len(group.rows)
-            yield place, group.finished(engine.facts)
-
-    try:
+    def asked() -> Iterator[tuple[int, _Group]]:
+        given = 0
         for place, source in enumerate(sources):
             groups = _groups(source, engine, kept - given)
             while (group := _next(groups, problems[place])) is not None:
-                pending.append((place, group))
-                given, waiting = given + len(group.rows), waiting + len(group.rows)
-                yield from finished(False)
-    except LostWorker:
-        yield from finished(True)  # those before what is lost
-        raise
-    yield from finished(True)
+                given += len(group.rows)
+                yield place, group
+
+    for place, group in in_order(asked(), lambda one: one[1].done(), lambda one: len(one[1].rows), _ROWS):
+        yield place, group.finished(engine.facts)
 
 
 def _next(groups: Iterator[_Group], problems: list[str]) -> _Group | None:

@@ -6,8 +6,9 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +23,23 @@ from seqmodels.errors import InputError
 from seqmodels.files import replacing
 from seqmodels.sweeps import free_memory, host_bytes, sweepable, two_sweeps, windows
 from seqmodels.table import Row, check_writable
-from seqmodels.tasks.genomics.inference import MEMORY, Dtype, batches_by_length
+from seqmodels.tasks.genomics.inference import (
+    MEMORY,
+    Alone,
+    Dtype,
+    Together,
+    batches_by_length,
+    opened,
+    serve_first,
+)
 from seqmodels.tasks.genomics.pieces import ANSWERED, Records
 from seqmodels.tasks.genomics.tokens import Tokens, pad_right, reverse_complement
+from seqmodels.workers import LostWorker, in_order
 
 Floats = NDArray[np.float32]
 _FORMATS = ("npz", "parquet", "safetensors")
 _BLOCK = 1 << 20  # bytes that are copied at a time
+_ROWS = 4096  # that are asked about together, at most
 
 
 def embed(
@@ -42,6 +53,7 @@ def embed(
     dtype: Dtype = "float32",
     batch_tokens: int | None = None,
     chunk: int | None = None,
+    devices: int = 1,
     quiet: bool = False,
 ) -> int:
     """Write the embeddings of the records of FASTA files, as a model's layer has them.
@@ -72,11 +84,17 @@ def embed(
         dtype: Number format of the weights and activations.
         batch_tokens: Bases per batch of short records, padding included; otherwise 65,536 on a CPU, 1,048,576 on a GPU.
         chunk: Longer records are read in chunks of so many bases; otherwise 16,384 on a CPU, 1,048,576 on a GPU.
+        devices: GPUs of this machine (or processes, on a CPU) that share the work, as for dna classify, also under
+            torchrun; the file is the same as with one. With --pool none, the features of a record must fit into memory.
         quiet: No progress on a terminal.
 
     Returns:
         0, or 2 if any file or record could not be read as it should (the reasons are on standard error).
     """
+    options = {"model": model, "layer": layer, "strand": strand, "pool": pool, "dtype": dtype}
+    options |= {"batch_tokens": batch_tokens, "chunk": chunk}
+    if serve_first(Embedder, device, **options):
+        return 0
     if model is None or output is None:
         raise InputError("name a model with --model and the file to write with --output (.npz, .parquet, .safetensors)")
     kind = output.suffix[1:]
@@ -86,16 +104,17 @@ def embed(
     if any(str(f) != "-" and f.exists() and output.resolve() == f.resolve() for f in files):
         raise InputError(f"the output {output} is also an input; give another name")
     check_writable(output)
-    embedder = Embedder(model, layer, strand, device, dtype, batch_tokens, chunk)
     rows, problems = list[Row](), list[str]()
     progress = tqdm(unit="base", unit_scale=True, disable=quiet or not sys.stderr.isatty())
-    with replacing(output) as temporary, progress:
-        writer: Any = _Means(embedder.width) if pool == "mean" else _Bases(temporary, kind, embedder.width)
+    with opened(Embedder, device, devices, **options) as engine, replacing(output) as temporary, progress:
+        width = engine.facts.width
+        writer: Any = _Means(width) if pool == "mean" else _Bases(temporary, kind, width)
         with writer:
-            for group in _groups(files, embedder, problems):
-                rows += [row for row, _ in group]
-                writer.add(group, embedder)
-                progress.update(sum(row["length"] for row, _ in group))
+            groups = _groups(files, engine, pool, problems)
+            for group in in_order(groups, _Group.done, lambda group: len(group.rows), 16 * _ROWS):
+                rows += group.rows
+                writer.add(group)
+                progress.update(sum(row["length"] for row in group.rows))
             if not rows:
                 raise InputError("; ".join(problems) or "no FASTA file was given; name at least one, or -")
             writer.finish(temporary, kind, rows)
@@ -108,12 +127,23 @@ def embed(
     return 2 if problems else 0
 
 
+class Facts(NamedTuple):
+    """What an Embedder is, for those who give it records."""
+
+    width: int
+    batch_tokens: int
+    longest_batched: int
+
+
 class Embedder:
-    """A model's backbone, cut after a layer: features of tokens, on one strand or on both."""
+    """A model's backbone, cut after a layer: features of tokens, on one strand or on both.
+
+    `sharing` processes of this machine share its memory.
+    """
 
     def __init__(
-        self, model: str, layer: int = -1, strand: str = "fwd", device: str = "auto", dtype: Dtype = "float32",
-        batch_tokens: int | None = None, chunk: int | None = None,
+        self, model: str, layer: int = -1, strand: str = "fwd", pool: str = "mean", device: str = "auto",
+        dtype: Dtype = "float32", batch_tokens: int | None = None, chunk: int | None = None, sharing: int = 1,
     ) -> None:  # fmt: skip
         for name, value in (("batch_tokens", batch_tokens), ("chunk", chunk)):
             if value is not None and value < 1:
@@ -132,7 +162,7 @@ class Embedder:
             self.backbone.layers = self.backbone.layers[:layer]
             self.backbone.norm_f = _Sum(self.backbone.norm_f.weight)
         self.width: int = loaded.config.backbone.d_model
-        self.strand = strand
+        self.strand, self.pool, self.sharing = strand, pool, sharing
         on_cpu = self.device.type == "cpu"
         self.batch_tokens = batch_tokens or (1 << 16 if on_cpu else 1 << 20)
         self.chunk = chunk or (1 << 14 if on_cpu else 1 << 20)
@@ -149,25 +179,38 @@ class Embedder:
             return [(False, {"fwd": 0, "rev": 1, "both": -1}[self.strand])]
         return [(turned, None) for turned in {"fwd": (False,), "rev": (True,), "both": (False, True)}[self.strand]]
 
-    @torch.inference_mode()
-    def means(self, sequences: list[Tokens]) -> Floats:
-        """Mean features (b, d) of sequences, short ones in batches of similar length."""
+    @property
+    def facts(self) -> Facts:
+        """What `longseq dna embed` has to know of it."""
+        return Facts(self.width, self.batch_tokens, self.longest_batched)
+
+    def batch(self, sequences: list[Tokens]) -> Floats:
+        """Mean features (b, d) of sequences, in batches of similar length."""
         result = np.zeros((len(sequences), self.width), dtype=np.float32)
-        short = [i for i, s in enumerate(sequences) if len(s) <= self.longest_batched]
-        for places in batches_by_length([len(sequences[i]) for i in short], self.batch_tokens):
-            chosen = [short[i] for i in places]
-            total = torch.zeros(len(chosen), self.width, dtype=torch.float64, device=self.device)
-            for turned, half in self._passes:
-                given = [reverse_complement(sequences[i]) if turned else sequences[i] for i in chosen]
-                ids, lengths = (torch.from_numpy(a).to(self.device) for a in pad_right(given))
-                real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
-                x = _part(self.backbone(ids, None, lengths)[0], half)
-                total += (x.masked_fill(~real[..., None], 0)).sum(1, dtype=torch.float64) / lengths[:, None]
-            result[chosen] = (total / len(self._passes)).float().cpu().numpy()
-        for i in sorted(set(range(len(sequences))) - set(short)):
-            total = sum(part.sum(0, dtype=np.float64) for _, part in self.per_base(sequences[i]))
-            result[i] = total / len(sequences[i])
+        for places in batches_by_length([len(s) for s in sequences], self.batch_tokens):
+            result[places] = self.forward([sequences[i] for i in places])
         return result
+
+    @torch.inference_mode()
+    def forward(self, sequences: list[Tokens]) -> Floats:
+        """Mean features (b, d) of sequences that are read together."""
+        total = torch.zeros(len(sequences), self.width, dtype=torch.float64, device=self.device)
+        for turned, half in self._passes:
+            given = [reverse_complement(tokens) if turned else tokens for tokens in sequences]
+            ids, lengths = (torch.from_numpy(a).to(self.device) for a in pad_right(given))
+            real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
+            x = _part(self.backbone(ids, None, lengths)[0], half)
+            total += (x.masked_fill(~real[..., None], 0)).sum(1, dtype=torch.float64) / lengths[:, None]
+        return (total / len(self._passes)).float().cpu().numpy()
+
+    def stream(self, chunks: Iterable[Tokens]) -> Floats | Iterator[tuple[int, Floats]]:
+        """Mean features (d,) of one sequence of any length; with the pool none, what `per_base` gives."""
+        tokens = np.concatenate(list(chunks))
+        if self.pool == "none":
+            return self.per_base(tokens)
+        return (sum(part.sum(0, dtype=np.float64) for _, part in self.per_base(tokens)) / len(tokens)).astype(
+            np.float32
+        )
 
     @torch.inference_mode()
     def per_base(self, tokens: Tokens) -> Iterator[tuple[int, Floats]]:
@@ -186,7 +229,7 @@ class Embedder:
             return [self.backbone(ids.to(self.device).long())[0]]
         if self.backbone.causal:
             return self._in_chunks(ids)
-        fits = host_bytes(self.backbone, len(tokens), self.chunk) <= MEMORY * free_memory()
+        fits = host_bytes(self.backbone, len(tokens), self.chunk) <= MEMORY * free_memory() / self.sharing
         if sweepable(self.backbone) and fits:
             return two_sweeps(self.backbone, ids, chunk=self.chunk)
         return windows(self.backbone, [ids], window=self.batch_tokens, context=self.batch_tokens // 8)
@@ -219,22 +262,46 @@ def _part(x: Tensor, half: int | None) -> Tensor:
     return halves.mean(-2) if half == -1 else halves[..., half, :]
 
 
-def _groups(files: list[Path], embedder: Embedder, problems: list[str]) -> Iterator[list[tuple[Row, Tokens | None]]]:
-    """Rows of all files in order, with their tokens if they can be read, as many at a time as make a few batches."""
+class _Group(NamedTuple):
+    """Rows that follow each other, and what is still to come for some of them."""
+
+    rows: list[Row]
+    answers: list[tuple[list[int], Future]]
+    "Places of rows, and their means (n, d), or of one row what Embedder.stream gives."
+
+    def done(self) -> bool:
+        """Whether all answers are there."""
+        return all(future.done() for _, future in self.answers)
+
+
+def _groups(files: list[Path], engine: Alone | Together, pool: str, problems: list[str]) -> Iterator[_Group]:
+    """Rows of all files in order, as many at a time as make a few batches, with what is asked about them."""
     waiting, held = list[tuple[Row, Tokens | None]](), 0
+    longest = 0 if pool == "none" else engine.facts.longest_batched
+
+    def asked() -> _Group:
+        known = [(i, tokens) for i, (_, tokens) in enumerate(waiting) if tokens is not None]
+        short = [(i, tokens) for i, tokens in known if len(tokens) <= longest]
+        batches = engine.batch([tokens for _, tokens in short]) if short else []
+        answers = [([short[i][0] for i in places], future) for places, future in batches]
+        answers += [([i], engine.stream([tokens])) for i, tokens in known if len(tokens) > longest]
+        return _Group([row for row, _ in waiting], answers)
+
     for path in files:
         try:
             for piece in Records(path).pieces(longest=sys.maxsize):
                 row = piece.describe()
                 waiting.append((row, piece.tokens if row["status"] in ANSWERED else None))
                 held += len(piece.tokens)
-                if held >= 8 * embedder.batch_tokens or len(waiting) >= 4096:
-                    yield waiting
+                if held >= 8 * engine.facts.batch_tokens or len(waiting) >= _ROWS:
+                    yield asked()
                     waiting, held = [], 0
+        except LostWorker:
+            raise
         except InputError as error:
             problems.append(str(error))
     if waiting:
-        yield waiting
+        yield asked()
 
 
 class _Means:
@@ -249,12 +316,11 @@ class _Means:
     def __exit__(self, *_: Any) -> None:
         pass
 
-    def add(self, group: list[tuple[Row, Tokens | None]], embedder: Embedder) -> None:
+    def add(self, group: _Group) -> None:
         """The records of a group."""
-        found = np.full((len(group), self._width), np.nan, dtype=np.float32)
-        known = [i for i, (_, tokens) in enumerate(group) if tokens is not None]
-        if known:
-            found[known] = embedder.means([tokens for _, tokens in group if tokens is not None])
+        found = np.full((len(group.rows), self._width), np.nan, dtype=np.float32)
+        for places, future in group.answers:
+            found[places] = future.result()
         self._found.append(found)
 
     def finish(self, path: Path, kind: str, rows: list[Row]) -> None:
@@ -291,20 +357,19 @@ class _Bases:
     def __exit__(self, *_: Any) -> None:
         self._file.close()
 
-    def add(self, group: list[tuple[Row, Tokens | None]], embedder: Embedder) -> None:
+    def add(self, group: _Group) -> None:
         """The records of a group."""
-        for row, tokens in group:
-            if tokens is None:
-                continue
+        for (place,), future in group.answers:
+            row = group.rows[place]
             self._names[row["record_id"]] = number = self._names.get(row["record_id"], 0) + 1
             name = row["record_id"] if number == 1 else f"{row['record_id']}#{number}"
-            shape = (len(tokens), self._width)
-            self._file.truncate(self._end + 4 * len(tokens) * self._width)
+            shape = (row["length"], self._width)
+            self._file.truncate(self._end + 4 * row["length"] * self._width)
             held = np.memmap(self._file, dtype="<f4", mode="r+", offset=self._end, shape=shape)
-            for start, part in embedder.per_base(tokens):
+            for start, part in future.result():
                 held[start : start + len(part)] += part
             held.flush()
-            self._arrays[name] = len(tokens), self._end
+            self._arrays[name] = row["length"], self._end
             self._end += held.nbytes
 
     def finish(self, path: Path, kind: str, rows: list[Row]) -> None:

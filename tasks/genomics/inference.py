@@ -324,18 +324,26 @@ def load(model: str) -> Any:
 
 
 class Alone:
-    """Records answered by this process, one after the other."""
+    """Records answered by this process, one after the other.
 
-    def __init__(self, classifier: Classifier) -> None:
-        self._classifier, self.facts = classifier, classifier.facts
+    The model (Classifier or what is like it) has `facts`, with batch_tokens; `forward`, the answer (b, ...) to one
+    batch; `batch`, the same for any number of records; and `stream`, the answer to a long one.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.facts = model, model.facts
+
+    def forward(self, batch: list[Any]) -> Future:
+        """The answer to one batch as it is."""
+        return _known(self._model.forward(batch))
 
     def batch(self, sequences: list[Tokens]) -> list[tuple[list[int], Future]]:
-        """Places of sequences, and their logits (b, classes)."""
-        return [(list(range(len(sequences))), _known(self._classifier.batch(sequences)))]
+        """Places of sequences, and what is said of them (b, ...)."""
+        return [(list(range(len(sequences))), _known(self._model.batch(sequences)))]
 
     def stream(self, chunks: Iterable[Tokens]) -> Future:
-        """The Answer for a long record."""
-        return _known(self._classifier.stream(chunks))
+        """What is said of a long record."""
+        return _known(self._model.stream(chunks))
 
 
 class Together:
@@ -347,10 +355,14 @@ class Together:
     def __init__(self, workers: Workers) -> None:
         self._workers, self.facts = workers, workers.facts
 
+    def forward(self, batch: list[Any]) -> Future:
+        """As Alone."""
+        return self._workers.ask([batch])
+
     def batch(self, sequences: list[Tokens]) -> list[tuple[list[int], Future]]:
         """As Alone."""
         batches = batches_by_length([len(s) for s in sequences], self.facts.batch_tokens)
-        return [(places, self._workers.ask([[sequences[i] for i in places]])) for places in batches]
+        return [(places, self.forward([sequences[i] for i in places])) for places in batches]
 
     def stream(self, chunks: Iterable[Tokens]) -> Future:
         """As Alone."""
@@ -398,40 +410,43 @@ def _held(items: Iterator[Tokens], held: list[Tokens]) -> Iterator[Tokens]:
 
 
 @contextmanager
-def opened(device: str, devices: int, **options: Any) -> Iterator[Alone | Together]:
-    """The classifier of these options (of Classifier) on one device or several; under torchrun, on its processes'."""
+def opened(make: Callable[..., Any], device: str, devices: int, **options: Any) -> Iterator[Alone | Together]:
+    """The model of these options (Classifier(**options), ...) on one device or several; under torchrun, on all its."""
     place, names = torchrun(), devices_of(device, devices)
     if place is not None:
         names = [torchrun_device(device)]
     if len(names) == 1 and (place is None or place[1] == 1):
-        yield Alone(Classifier(device=names[0], **options))
+        yield Alone(make(device=names[0], **options))
     else:
-        with Workers(_shared(options, len(names)), names) as workers:
+        with Workers(_shared(make, options, len(names)), names) as workers:
             yield Together(workers)
 
 
-def serve_first(device: str, **options: Any) -> bool:
+def serve_first(make: Callable[..., Any], device: str, **options: Any) -> bool:
     """Whether this is one of torchrun's further processes, which then has served the first one to the end."""
     if (place := torchrun()) is None or not place[0]:
         return False
-    serve(_shared(options, 1), torchrun_device(device))
+    serve(_shared(make, options, 1), torchrun_device(device))
     return True
 
 
-def _shared(options: dict[str, Any], processes: int) -> Make:
+def _shared(make: Callable[..., Any], options: dict[str, Any], processes: int) -> Make:
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if torchrun() else processes
-    return partial(_in_process, {**options, "sharing": sharing})
+    return partial(_in_process, make, {**options, "sharing": sharing})
 
 
-def _in_process(options: dict[str, Any], device: str) -> tuple[Facts, Callable[[Iterator[Any]], Logits | Answer]]:
-    """A classifier as a worker: a list of sequences is one batch, and several parts are one long record."""
-    classifier = Classifier(device=device, **options)
+def _in_process(
+    make: Callable[..., Any], options: dict[str, Any], device: str
+) -> tuple[Any, Callable[[Iterator[Any]], Any]]:
+    """A model as a worker: a list of sequences is one batch, and several parts are one long record."""
+    model = make(device=device, **options)
 
-    def answer(parts: Iterator[Any]) -> Logits | Answer:
+    def answer(parts: Iterator[Any]) -> Any:
         first = next(parts)
-        return classifier.forward(first) if isinstance(first, list) else classifier.stream(chain([first], parts))
+        said = model.forward(first) if isinstance(first, list) else model.stream(chain([first], parts))
+        return list(said) if isinstance(said, Iterator) else said
 
-    return classifier.facts, answer
+    return model.facts, answer
 
 
 def _known(value: Any) -> Future:

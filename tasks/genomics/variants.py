@@ -3,8 +3,9 @@
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from seqmodels.checkpoint import choose_device
 from seqmodels.errors import InputError
 from seqmodels.table import Format, Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.genome import Genome, read_genome
-from seqmodels.tasks.genomics.inference import Dtype, scores_of
+from seqmodels.tasks.genomics.inference import Alone, Dtype, Together, opened, scores_of, serve_first
 from seqmodels.tasks.genomics.intervals import printable
 from seqmodels.tasks.genomics.tokens import MASK, A, T, Tokens, encode, reverse_complement
 from seqmodels.tasks.genomics.vcf import Change, Line, VcfReader, VcfWriter, names_of, read_change
+from seqmodels.workers import LostWorker, dismiss, in_order, with_way_on
 
 Strand = Literal["both", "fwd", "rev"]
 _IDENTITY = ["chrom", "pos", "ref", "alt", "model"]
@@ -41,6 +43,7 @@ def variants(
     device: str = "auto",
     dtype: Dtype = "float32",
     batch_tokens: int | None = None,
+    devices: int = 1,
     resume: bool = False,
     quiet: bool = False,
 ) -> int:
@@ -87,12 +90,17 @@ def variants(
         device: auto, cpu, cuda or cuda:<number>.
         dtype: Number format of the weights and activations.
         batch_tokens: Bases that are read at a time; otherwise 65,536 on a CPU, 1,048,576 on a GPU.
+        devices: GPUs of this machine (or processes, on a CPU) that share the work, as for dna classify, also under
+            torchrun; the table is the same as with one.
         resume: Go on where the same command was stopped or killed, from <output>.part; for .tsv, .csv and .jsonl.
         quiet: No progress on a terminal.
 
     Returns:
         0, or 2 if any line or reference allele is not as it should be (what is wrong is on standard error).
     """
+    options = {"model": model, "dtype": dtype, "strand": strand, "distance": distance, "batch_tokens": batch_tokens}
+    if serve_first(Scorer, device, **options):
+        return 0
     if reference is None or model is None:
         raise InputError("name the FASTA file of the positions with --reference, and a model with --model")
     as_vcf = output is not None and output.name.endswith((".vcf", ".vcf.gz"))
@@ -110,47 +118,57 @@ def variants(
         check_writable(output)
         if resume and output.exists() and not part_of(output).exists():
             print(f"{output} is there and whole: nothing to resume", file=sys.stderr)
+            dismiss()
             return 0
-    scorer = Scorer(model, device, dtype, strand=strand, distance=distance)
-    batch_tokens = batch_tokens or (1 << 16 if scorer.device.type == "cpu" else 1 << 20)
-    together = batch_tokens // (context * scorer.sequences)
-    if together < 1:
-        raise InputError(
-            f"batch_tokens is {batch_tokens}, less than the {scorer.sequences} windows of {context} bases of one "
-            "variant; raise it or lower --context"
-        )
     keys = [key for key in info.split(",") if key]
-    reader, genome, counts = VcfReader(vcf), read_genome([reference]), Counter[str]()
+    reader, counts, problems = VcfReader(vcf), Counter[str](), list[str]()
     progress = tqdm(unit="variant", unit_scale=True, disable=quiet or not sys.stderr.isatty())
-    writer: Any
-    if as_vcf:
-        writer = _AsVcf(VcfWriter(output, _info_fields(scorer)), reader)  # pyright: ignore
-    else:
-        writer = _AsTable(TableWriter(output, _columns(scorer, keys), format, _SHOWN, _IDENTITY if resume else ()))
-    problem = ""
-    with writer.open as opened, progress:
-        groups = _scored(reader, genome, scorer, keys, context, together, opened.kept)
-        while True:
+    with opened(Scorer, device, devices, **options) as engine:
+        facts = engine.facts
+        together = facts.batch_tokens // (context * facts.sequences)
+        if together < 1:
+            raise InputError(
+                f"batch_tokens is {facts.batch_tokens}, less than the {facts.sequences} windows of {context} bases of "
+                "one variant; raise it or lower --context"
+            )
+        genome = read_genome([reference])
+        writer: Any
+        if as_vcf:
+            writer = _AsVcf(VcfWriter(output, _info_fields(facts.columns)), reader)  # pyright: ignore
+        else:
+            columns = _columns(facts.columns, keys)
+            writer = _AsTable(TableWriter(output, columns, format, _SHOWN, _IDENTITY if resume else ()))
+        with writer.open as written, progress:
+            groups = _scored(reader, genome, engine, keys, context, together, written.kept, problems)
             try:
-                group = next(groups, None)
-            except InputError as error:  # what was read before it has been written
-                if not counts:
-                    raise
-                problem, group = str(error), None
-            if group is None:
-                break
-            writer.write(group)
-            counts.update(row["status"] for _, row in group)
-            progress.update(len(group))
-        writer.finish()
+                for group in in_order(groups, _Group.done, lambda group: len(group.rows), 16 * _ROWS):
+                    rows = group.finished()
+                    writer.write(rows)
+                    counts.update(row["status"] for _, row in rows)
+                    progress.update(len(rows))
+            except LostWorker as error:
+                raise with_way_on(error, None if as_vcf else written.keep()) from None
+            if problems and not counts:
+                raise InputError(problems[0])
+            writer.finish()
     bad = {status: count for status, count in sorted(counts.items()) if status != "ok"}
     if bad:
         what = ", ".join(f"{count} {status}" for status, count in bad.items())
         said = f"{reader.name}: {sum(bad.values())} of {counts.total()} alleles have no score ({what})"
         print(f"longseq: {said}; see the columns status and note", file=sys.stderr)
-    if problem:
+    for problem in problems:  # what was read before it has been written
         print(f"longseq: {problem}", file=sys.stderr)
-    return 2 if problem or any(status in bad for status in _FAULTS) else 0
+    return 2 if problems or any(status in bad for status in _FAULTS) else 0
+
+
+class Facts(NamedTuple):
+    """What a Scorer is, for those who give it variants."""
+
+    name: str
+    columns: list[str]
+    sequences: int
+    "Windows that are read at a time of each variant."
+    batch_tokens: int
 
 
 class Scorer:
@@ -161,8 +179,9 @@ class Scorer:
 
     def __init__(
         self, model: str, device: str = "auto", dtype: Dtype = "float32", *, strand: Strand = "both",
-        distance: bool = True,
+        distance: bool = True, batch_tokens: int | None = None, sharing: int = 1,
     ) -> None:  # fmt: skip
+        """`sharing`: processes of this machine; it takes nothing that they would have to share."""
         self.device, self.name = choose_device(device), model
         self.model: Any = seqmodels.load(model, device=self.device, dtype=getattr(torch, dtype))
         config = self.model.config
@@ -186,6 +205,12 @@ class Scorer:
         self.sequences = 2 * len(self.strands)  # windows that are read at a time of each pair
         self._plain = not hidden or distance
         self._hidden = hidden
+        batch_tokens = batch_tokens or (1 << 16 if self.device.type == "cpu" else 1 << 20)
+        self.facts = Facts(model, self.columns, self.sequences, batch_tokens)
+
+    def forward(self, variants: list[tuple[NDArray[np.uint8], tuple[int, int]]]) -> list[dict[str, float]]:
+        """`score` of pairs of windows (2, l) with their places."""
+        return self.score(np.stack([pair for pair, _ in variants]), np.array([place for _, place in variants]))
 
     @torch.inference_mode()
     def score(self, pairs: NDArray[np.uint8], places: NDArray[np.int64]) -> list[dict[str, float]]:
@@ -256,31 +281,49 @@ def windows_of(genome: Genome, change: Change, context: int) -> tuple[NDArray[np
     return np.stack([window(ref), window(alt)]), (before, before + longer), padded
 
 
+class _Group(NamedTuple):
+    """Rows that follow each other, with their lines, and what is still to come for some of them."""
+
+    rows: list[tuple[Line, Row]]
+    asked: list[Row]
+    answer: Future | None
+    "The columns of those that have been asked about."
+
+    def done(self) -> bool:
+        """Whether all is there."""
+        return self.answer is None or self.answer.done()
+
+    def finished(self) -> list[tuple[Line, Row]]:
+        """The rows with their scores; waits for them."""
+        if self.answer is not None:
+            for row, values in zip(self.asked, self.answer.result(), strict=True):
+                row |= values
+        return self.rows
+
+
 def _scored(
-    reader: VcfReader, genome: Genome, scorer: Scorer, keys: list[str], context: int, together: int, kept: int
-) -> Iterator[list[tuple[Line, Row]]]:
-    """Rows in order with their lines, a batch at a time; the first `kept` need no scores, but share their batches."""
+    reader: VcfReader, genome: Genome, engine: Alone | Together, keys: list[str], context: int, together: int,
+    kept: int, problems: list[str],
+) -> Iterator[_Group]:  # fmt: skip
+    """Rows in order, a batch at a time; the first `kept` need no scores, but share their batches."""
     records = names_of(genome)
     rows: list[tuple[Line, Row]] = []
     pairs: list[tuple[Row, NDArray[np.uint8], tuple[int, int]]] = []
     given = 0
 
-    def flush() -> list[tuple[Line, Row]]:
+    def flush() -> _Group:
         nonlocal given
-        done = rows.copy()
-        given += len(done)
-        if pairs and given > kept:
-            scores = scorer.score(np.stack([pair for _, pair, _ in pairs]), np.array([place for *_, place in pairs]))
-            for (row, *_), values in zip(pairs, scores, strict=True):
-                row |= values
+        given += len(rows)
+        answer = engine.forward([(pair, place) for _, pair, place in pairs]) if pairs and given > kept else None
+        group = _Group(rows.copy(), [row for row, *_ in pairs], answer)
         rows.clear()
         pairs.clear()
-        return done
+        return group
 
     try:
         for line in reader:
             for allele in range(len(line.alternatives)):
-                row = _describe(line, allele, keys, scorer.name)
+                row = _describe(line, allele, keys, engine.facts.name)
                 rows.append((line, row))
                 change = read_change(genome, records, line, allele)
                 if not isinstance(change, Change):
@@ -299,10 +342,10 @@ def _scored(
                         pairs.append((row, pair, place))
                 if len(pairs) == together or len(rows) == _ROWS:
                     yield flush()
-    except InputError:
-        if rows:
-            yield flush()
+    except LostWorker:
         raise
+    except InputError as error:
+        problems.append(str(error))
     if rows:
         yield flush()
 
@@ -316,20 +359,20 @@ def _describe(line: Line, allele: int, keys: list[str], model: str) -> Row:
     return row | {key: printable(line.info(key, allele)) for key in keys}
 
 
-def _columns(scorer: Scorer, keys: list[str]) -> dict[str, type]:
+def _columns(scores: list[str], keys: list[str]) -> dict[str, type]:
     columns: dict[str, type] = {"chrom": str, "pos": int, "id": str, "ref": str, "alt": str}
     columns |= dict.fromkeys(keys, str) | {"kind": str, "norm_pos": int, "norm_ref": str, "norm_alt": str}
-    return columns | {"padded": int} | dict.fromkeys(scorer.columns, float) | {"status": str, "note": str, "model": str}
+    return columns | {"padded": int} | dict.fromkeys(scores, float) | {"status": str, "note": str, "model": str}
 
 
-def _info_fields(scorer: Scorer) -> dict[str, tuple[str, str]]:
+def _info_fields(scores: list[str]) -> dict[str, tuple[str, str]]:
     """INFO names and what they mean, for the columns of a scorer and for the status."""
     told = {
         "llr": "Log-likelihood ratio (natural logarithm) of the allele to the reference allele, mean of both strands",
         "distance": "Euclidean distance of the embeddings of both alleles' windows",
         "cosine_distance": "Cosine distance of the embeddings of both alleles' windows",
     }
-    fields = {_info_name(name): ("Float", told.get(name, f"{name} of longseq dna variants")) for name in scorer.columns}
+    fields = {_info_name(name): ("Float", told.get(name, f"{name} of longseq dna variants")) for name in scores}
     return fields | {"LS_STATUS": ("String", "ok, or why the allele has no score")}
 
 

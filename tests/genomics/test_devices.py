@@ -12,6 +12,8 @@ import torch
 
 from seqmodels.tasks.genomics import inference
 from seqmodels.tasks.genomics.classify import classify
+from seqmodels.tasks.genomics.embed import embed
+from seqmodels.tasks.genomics.variants import variants
 from seqmodels.workers import LostWorker
 
 
@@ -71,9 +73,50 @@ def test_two_processes_write_the_table_of_one_also_from_where_it_was_stopped(tmp
     assert "missing.fa does not exist" in told[2]
 
 
+@pytest.fixture(scope="module")
+def variants_of(files):
+    """A reference and a VCF file of it: substitutions, and lines that cannot be scored."""
+    rng, lines = np.random.default_rng(1), ["##fileformat=VCFv4.2", "#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO"]
+    text = "".join(rng.choice(list("ACGT"), 500))
+    for i, start in enumerate(rng.integers(0, 500, 60)):
+        ref = "G" if i == 7 else text[start]
+        alt = "<DEL>" if i == 9 else f"{text[start]}AC,{'ACGT'['CGTA'.index(text[start])]}"
+        lines.append(f"x\t{start + 1}\t.\t{ref}\t{alt}\t.\t.\t.")
+    folder = files[0].parent
+    (folder / "x.fasta").write_text(f">x\n{text}\n")
+    (folder / "x.vcf").write_text("\n".join(lines) + "\n")
+    return folder / "x.vcf", folder / "x.fasta"
+
+
+def written(command, tmp_path, suffix, devices, *given, **options):
+    """What a command writes with so many devices."""
+    output = tmp_path / f"{devices}{suffix}"
+    assert command(*given, output=output, devices=devices, **options) in (0, 2)
+    return output.read_bytes()
+
+
+def test_two_processes_write_the_features_of_one(tmp_path, files, folder):
+    for suffix, pool, those in ((".parquet", "mean", files), (".safetensors", "none", files[1:])):
+        options = {**OPTIONS, "pool": pool, "model": folder}
+        one, two = (written(embed, tmp_path, suffix, devices, those, **options) for devices in (1, 2))
+        assert one == two
+
+
+def test_two_processes_write_the_scores_of_one(tmp_path, variants_of, folder):
+    options = {"model": folder, "context": 32, "batch_tokens": 32 * 4 * 5, "device": "cpu"}
+    for suffix in (".tsv", ".vcf"):
+        one, two = (written(variants, tmp_path, suffix, devices, *variants_of, **options) for devices in (1, 2))
+        assert one == two
+    (tmp_path / "2.tsv").unlink()
+    lines = (tmp_path / "1.tsv").read_bytes().splitlines(keepends=True)
+    (tmp_path / "2.tsv.part").write_bytes(b"".join(lines[:20]))
+    resumed = written(variants, tmp_path, ".tsv", 2, *variants_of, **options, resume=True)
+    assert resumed == b"".join(lines)
+
+
 def dying_in_process(options, device):
     """A worker that the operating system kills at a long record."""
-    facts, answer = inference._in_process(options, device)
+    facts, answer = inference._in_process(inference.Classifier, options, device)
 
     def until_long(parts):
         first = next(parts)
@@ -85,7 +128,7 @@ def dying_in_process(options, device):
 
 
 def test_a_process_that_dies_is_told_in_one_line_and_nothing_is_lost(tmp_path, files, folder, whole, monkeypatch):
-    monkeypatch.setattr(inference, "_shared", lambda options, _: functools.partial(dying_in_process, options))
+    monkeypatch.setattr(inference, "_shared", lambda model, options, _: functools.partial(dying_in_process, options))
     table, said = tmp_path / "o.tsv", r"the process on cpu ended unexpectedly \(signal 9, perhaps for want of memory\)"
     with pytest.raises(LostWorker, match=f"{said}; the rows before it are in .*: go on with --resume") as error:
         classify(files[1:], model=folder, output=table, devices=2, **OPTIONS)
@@ -107,6 +150,19 @@ def test_torchruns_processes_share_the_records(tmp_path, files, folder, whole):
     assert (tmp_path / "o.tsv").read_bytes() == whole, done.stderr
     assert "many.fa: 1 of 300 records are not ok (1 empty)" in done.stderr
     assert done.stderr.count("longseq: ") == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_write_the_features_and_scores_of_one(tmp_path, files, variants_of, folder):
+    options = {"model": folder, "device": "cuda"}
+    for command, suffix, given, more in (
+        (embed, ".safetensors", (files,), {"batch_tokens": 400, "chunk": 128, "pool": "none"}),
+        (embed, ".parquet", (files,), {"batch_tokens": 400, "chunk": 128}),
+        (variants, ".tsv", variants_of, {"context": 32, "batch_tokens": 32 * 4 * 5}),
+    ):
+        one, two = (written(command, tmp_path, suffix, devices, *given, **options, **more) for devices in (1, 2))
+        assert one == two
 
 
 @pytest.mark.gpu
