@@ -18,6 +18,7 @@ With targets "multi", a label is any number of names with ";" between them, and 
 `label` there may then be several columns `label_<name>`, with 0, 1 or a number, and nothing where it is not known.
 """
 
+import csv
 import gzip
 import io
 import re
@@ -146,15 +147,15 @@ def _from_any(
         return *_from_headerless(path), False
     if _suffix(path) not in _TABLES:
         return *_from_headers(path), False
-    table = read_table(path)
-    rows = [i for i, values in enumerate(zip(*table.values(), strict=True)) if any(values)]  # not the empty lines
+    table, lines = _numbered(path)
     if split is not None and "split" in table:
         wanted = SPLITS.get(split, (split,))
-        rows = [i for i in rows if table["split"][i] in wanted]
-    table = {name: [column[i] for i in rows] for name, column in table.items()}
+        rows = [i for i, name in enumerate(table["split"]) if name in wanted]
+        table = {name: [column[i] for i in rows] for name, column in table.items()}
+        lines = [lines[i] for i in rows]
     if {"file", "record"} <= table.keys():
         return *_from_long_records(table, path), True
-    return *_from_sequences(table, rows, path, targets), False
+    return *_from_sequences(table, lines, path, targets), False
 
 
 def label_ids(
@@ -214,40 +215,66 @@ def _unknown(where: Path, text: str, name: str, classes: tuple[str, ...]) -> Inp
     return InputError(f"{where}: label {text!r} of {name} is not a class of the model ({known})")
 
 
-def read_table(path: Path) -> dict[str, list[str]]:
+def read_table(path: Path) -> Columns:
     """Columns of a CSV or TSV file (by what its first line holds; also .gz) or of Parquet, as text."""
+    return _numbered(path)[0]
+
+
+def _numbered(path: Path) -> tuple[Columns, list[int]]:
+    """The same, without empty rows, and the line on which each row begins (of Parquet as if it had lines)."""
     import polars
 
     try:
         content = path.read_bytes()
         if content.startswith(b"PAR1"):
             frame = polars.read_parquet(io.BytesIO(content))
-            return {name: ["" if v is None else str(v) for v in frame[name].to_list()] for name in frame.columns}
+            columns = {name: ["" if v is None else str(v) for v in frame[name].to_list()] for name in frame.columns}
+            return columns, list(range(2, len(frame) + 2))
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
-        content.decode("utf-8")
-        if content.strip() and not content.split(b"\n", 1)[0].strip():
-            raise InputError(
-                f"{path} begins with an empty line; remove it, so that the names of the columns come first"
-            )
-        separator = "\t" if b"\t" in content.split(b"\n", 1)[0] else ","
-        frame = polars.read_csv(io.BytesIO(content), separator=separator, infer_schema=False)
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path") from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"cannot read {path}: {error}; copy or download it again") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not text in UTF-8; give a table as CSV or TSV") from None
-    except polars.exceptions.NoDataError:
-        raise InputError(f"{path} is empty; give a table with a header line") from None
     except polars.exceptions.PolarsError as error:
-        raise InputError(f"{path} is not a table: {printable(str(error).splitlines()[0])}; correct it") from None
-    columns = {
-        c.name.strip(): [(value or "").strip(_WHITE_SPACE) for value in c.to_list()] for c in frame.iter_columns()
-    }
-    if odd := next((name for name in columns if not name.isprintable()), None):
-        raise InputError(f"{path} is not a table with the line ends of Unix or Windows: it has a column {odd[:30]!r}")
-    return columns
+        raise InputError(f"{path} is not whole: {printable(str(error).splitlines()[0])}; make it again") from None
+    header, *rows = _cells(text, path) or [(1, [])]
+    names = header[1]
+    if not names:
+        raise InputError(f"{path} is empty; give a table with a header line")
+    if len(set(names)) < len(names) or not "".join(names).isprintable():
+        raise InputError(f"{path} line {header[0]}: {str(names)[:100]} are not names of columns, each once; correct it")
+    for line, row in rows:
+        if len(row) != len(names):
+            raise InputError(f"{path} line {line} has {len(row)} columns, the first line has {len(names)}; correct it")
+    columns = {name: [row[i] for _, row in rows] for i, name in enumerate(names)}
+    return columns, [line for line, _ in rows]
+
+
+def _cells(text: str, path: Path) -> list[tuple[int, list[str]]]:
+    """Cells of each row that has any, and the line on which it begins.
+
+    Tables with tabs have no quotes (dna classify writes them as they are), but around a whole cell (R writes them).
+    """
+    tabs = "\t" in text.lstrip().split("\n", 1)[0]
+    quotes = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # long sequences
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **quotes)
+    found, line = [], 1
+    try:
+        for row in reader:
+            cells = [cell.strip(_WHITE_SPACE) for cell in row]
+            if tabs:
+                cells = [c[1:-1] if len(c) > 1 and c[0] == c[-1] == '"' else c for c in cells]
+            if any(cells):
+                found.append((line, cells))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path} line {line} is not a row of a table: {error}; correct it") from None
+    return found
 
 
 def read_labels(path: Path) -> dict[str, str]:
@@ -257,8 +284,6 @@ def read_labels(path: Path) -> dict[str, str]:
         raise InputError(f"{path} has the columns {', '.join(table)}; expected record and label")
     labels: dict[str, str] = {}
     for record, label in zip(table["record"], table["label"], strict=True):
-        if not record and not label:  # an empty line
-            continue
         if labels.setdefault(record, label) != label:
             raise InputError(f"{path} gives record {record!r} two labels, {labels[record]!r} and {label!r}; keep one")
         if not label:
@@ -267,9 +292,9 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def _from_sequences(
-    table: Columns, rows: list[int], path: Path, targets: Targets
+    table: Columns, lines: list[int], path: Path, targets: Targets
 ) -> tuple[list[str], list[Tokens], Columns]:
-    """A sequence per row; rows are their numbers in the file, from 0."""
+    """A sequence per row; `lines` are where the rows begin."""
     columns = {name: column for name, column in table.items() if name == "label" or name.startswith("label_")}
     if targets == "single" or "label" in columns:
         columns = {name: column for name, column in columns.items() if name == "label"} or columns
@@ -277,7 +302,6 @@ def _from_sequences(
     if sequences is None or not columns:
         found = ", ".join(table)
         raise InputError(f"{path} has the columns {found}; expected sequence and label, or file, record and label")
-    lines = [row + 2 for row in rows]
     tokens = []
     for i, (line, sequence) in enumerate(zip(lines, sequences, strict=True)):
         tokens.append(_checked(sequence.encode(), f"{path} line {line}"))

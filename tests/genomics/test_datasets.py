@@ -98,7 +98,7 @@ def test_fasta_records_get_their_labels_by_name(tmp_path):
         ({"x.csv": "sequence,label\nACGT,0\nAC5T,1\n"}, "line 3: '5' at position 3 is no base"),
         ({"x.csv": "sequence,label\nNNNN,0\n"}, "line 2 has no A, C, G or T"),
         ({"x.csv": "sequence,label\nACGT,\n"}, "line 2 has no label"),
-        ({"x.csv": "sequence,label\nACGT,0,1,2\n"}, "is not a table"),
+        ({"x.csv": "sequence,label\nACGT,0,1,2\n"}, "line 2 has 4 columns, the first line has 2"),
         ({"x.csv": b"\x80\xff\xfe"}, "not text in UTF-8"),
         ({"x.fa": ">a\nACGT\n"}, "needs a table of labels"),
         ({"x.fa": ">a\nACGT\n", "l.tsv": "record\tlabel\nb\t1\n"}, "no label for record 'a'"),
@@ -344,9 +344,17 @@ def test_a_table_as_pandas_writes_it_and_empty_lines_change_no_row(tmp_path):
     records = load_labelled(tmp_path / "x.csv")
     assert (records.names, records.classes) == (["row_2", "row_4"], ("a", "b"))
     assert [decode(tokens) for tokens in records.tokens] == ["ACGT", "ACGG"]
-    (tmp_path / "x.csv").write_text("\nsequence,label\nACGT,a\n")
-    with pytest.raises(InputError, match="begins with an empty line"):
+    (tmp_path / "x.csv").write_text("\nsequence,label\rACGT,a\r")
+    assert load_labelled(tmp_path / "x.csv").names == ["row_3"]
+
+
+def test_quotes_in_tables_lose_no_row(tmp_path):
+    (tmp_path / "r.tsv").write_text('"sequence"\t"label"\n"ACGT"\t"a"\n"ACGG"\t"b"\n')  # as R writes it
+    records = load_labelled(tmp_path / "r.tsv")
+    assert (records.names, records.classes) == (["row_2", "row_3"], ("a", "b"))
+    (tmp_path / "x.csv").write_text('sequence,label,1"x\nACGT,0,x\nACGG,1,x\nACCC"\nACTT,1,x\n')
+    with pytest.raises(InputError, match="line 4 has 1 columns"):
         load_labelled(tmp_path / "x.csv")
-    (tmp_path / "x.csv").write_text("sequence,label\rACGT,a\r")
-    with pytest.raises(InputError, match="line ends of Unix or Windows"):
+    (tmp_path / "x.csv").write_text('sequence,label\n"ACGT,0\nACGG,1\n')
+    with pytest.raises(InputError, match="line 2 is not a row of a table"):
         load_labelled(tmp_path / "x.csv")
