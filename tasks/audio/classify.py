@@ -9,7 +9,6 @@ from seqmodels.errors import InputError
 from seqmodels.table import Format, Row, TableWriter
 
 TOGETHER, LONG = 256, 1 << 24  # recordings or windows, and their samples, that are read before they are classified
-SILENT = 1e-6  # largest sample: below 16-bit resolution
 
 
 def classify(
@@ -77,7 +76,7 @@ def _rows(
     problems: list[str],
 ) -> Iterator[list[Row]]:  # fmt: skip
     """Rows in the order of the files; lines about files that cannot be read are added to `problems`."""
-    from seqmodels.tasks.audio.waveform import mu_law_of
+    from seqmodels.tasks.audio.waveform import SILENT, mu_law_of
 
     rate, rows, waves = mu_law_of(network.config.tokenizer).sample_rate, list[Row](), list[Any]()
     for name, wave in _recordings(files, rate):
@@ -163,10 +162,24 @@ def probabilities(
                     state = model.read(part, state)
                 logits = model.classify(state)
             else:
-                logits = model(ids, lengths=lengths)
+                logits = _whole(model, ids, lengths)
             found[batch["clips"].numpy()] = logits.double().softmax(-1).cpu().numpy()
             progress(len(ids))
     return found
+
+
+def _whole(model: Any, ids: Any, lengths: Any) -> Any:
+    """Logits of padded rows in one pass."""
+    import torch
+
+    try:
+        return model(ids, lengths=lengths)
+    except torch.OutOfMemoryError:
+        rows, length = ids.shape
+        raise InputError(
+            f"{rows} x {length} samples do not fit into the GPU's memory; give a smaller --batch-tokens"
+            + ("" if model.causal else ", or --window: this model reads both ways")
+        ) from None
 
 
 def evaluate_classifier(

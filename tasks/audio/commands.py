@@ -359,9 +359,9 @@ def evaluate(
         from seqmodels.tasks.audio.classify import classes_of, evaluate_classifier
 
         classes = classes_of(network, model)
-        with _progress(len(chosen), "clips") as bar:
+        with _progress(len(chosen), "clips") as advance:
             results = evaluate_classifier(
-                network, recordings.select(chosen), conditions, batch_tokens=batch_tokens, progress=bar.update
+                network, recordings.select(chosen), conditions, batch_tokens=batch_tokens, progress=advance
             )
         print(f"{results['n']} recordings\n{as_tables(results, classes)}")
         if output is not None:

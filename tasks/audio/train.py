@@ -152,6 +152,8 @@ def load_data(
         raise InputError(f"validation {rules['validation']!r} leaves no recordings to validate on; take a larger part")
     texts = texts_of(recordings.rows, config.text)
     longest = max(len((text or "").strip().encode()) for text in texts)
+    if config.text is not None and longest == 0:
+        raise InputError(f"--clips.text is {config.text!r}, a column without any text; name another")
     mu_law = MuLaw(sample_rate=config.sample_rate, text=-(-longest // TEXT_MULTIPLE) * TEXT_MULTIPLE)
     tempo = {config.speed_change, config.speed_change // 2} - {0}
     speeds = {"train": sorted(100 + sign * percent for percent in tempo for sign in (-1, 1)), "validation": []}

@@ -26,6 +26,7 @@ FORMATS = {  # suffix: format and subtype in libsndfile's words
 }
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 RATES = (500, 2_000_000)  # Hz; others are broken headers, and resampling would make a thousand samples of one
+SILENT = 1e-6  # largest sample, below 16-bit resolution: to scale it up would amplify rounding noise only
 STREAMED = (0, 0xFFFFFFFF)  # sizes that a WAV written into a pipe declares
 BLOCK = 65536  # samples read or written at a time; libsndfile's Vorbis encoder keeps a whole write on its stack
 
@@ -245,7 +246,7 @@ def peak_normalise(samples: np.ndarray, peak: float = 0.95) -> tuple[np.ndarray,
 
 def peak_gain(largest: float, peak: float = 0.95) -> float:
     """The factor that makes the largest magnitude `peak`; 1 for silence."""
-    return 1.0 if largest < 1e-6 else peak / largest  # below 16-bit resolution it would amplify rounding noise only
+    return 1.0 if largest < SILENT else peak / largest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -404,6 +404,10 @@ def test_a_model_of_text_is_trained_and_told_the_words_of_a_column(sounds, tmp_p
     assert len(set(bits)) == 3
     with pytest.raises(InputError, match="the column 'mood'"):
         train(sounds, tmp_path / "other", clips=DataConfig(text="mood"))
+    table = tmp_path / "silent.csv"
+    table.write_text("file,word\n" + "".join(f"{i}.flac,\n" for i in range(12)))
+    with pytest.raises(InputError, match="'word', a column without any text"):
+        train(sounds, tmp_path / "other", clips=DataConfig(table=table, text="word"))
 
 
 def test_no_test_or_validation_recording_is_trained_on(sounds):
