@@ -181,13 +181,28 @@ class Conditions(nn.Module):
         for table in self.tables:
             nn.init.normal_(table.weight, std=0.02)  # pyright: ignore
 
-    def forward(self, x: Tensor, ids: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, ids: "Tensor | Told | None") -> Tensor:
         """x (b, l, d) with the conditions added; ids (b, conditions) int64, or None when nothing is given."""
+        if not self.tables:
+            return x
+        return x + (ids[self] if isinstance(ids, Told) else self.vector(ids)).to(x.dtype)
+
+    def vector(self, ids: Tensor | None) -> Tensor:
+        """What is added to every position: (b, 1, d), or (1, 1, d) when nothing is given."""
+        given: list[Tensor] = []
         for i, table in enumerate(self.tables):
-            missing = table.weight.shape[0] - 1  # pyright: ignore
-            given = x.new_full(x.shape[:1], missing, dtype=torch.long) if ids is None else ids[:, i]
-            x = x + table(given)[:, None]
-        return x
+            last: Any = table.num_embeddings - 1  # pyright: ignore
+            rows = torch.full((1,), last, device=table.weight.device) if ids is None else ids[:, i]  # pyright: ignore
+            given.append(table(rows))
+        return sum(given[1:], given[0])[:, None]
+
+
+class Told(dict):
+    """For each of a model's Conditions its vector for some rows, computed once for many steps: stands for their ids."""
+
+    def __init__(self, model: nn.Module, ids: Tensor | None) -> None:
+        found = (module for module in model.modules() if isinstance(module, Conditions) and module.tables)
+        super().__init__((module, module.vector(ids)) for module in found)
 
 
 class KmerEmbedding(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqmodels.backbone import Backbone, Layer, OwnStack
+from seqmodels.backbone import Backbone, Layer, OwnStack, Told
 from seqmodels.config import MultiscaleConfig
 from seqmodels.mixers import S4D, Mamba, Mamba2, OwnState, SSMState
 
@@ -30,7 +30,9 @@ class Decoder:
     def __init__(
         self, model: Any, state: Any, conditions: Tensor | None = None, then: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        self.model, self.conditions, self.then = model, conditions, then
+        self.model, self.then = model, then
+        with torch.inference_mode():
+            self._told = Told(model, conditions)
         layers = [module for module in model.modules() if isinstance(module, Layer)]
         fixed = all(isinstance(layer.mixer, (Mamba, Mamba2, S4D)) for layer in layers)
         self._records = model.device.type == "cuda" and fixed and not model.training
@@ -79,7 +81,7 @@ class Decoder:
         return (*(stage._replace(up=stacked(part, stage.up)) for part, stage in ups), stages[-1])
 
     def _call(self, ids: Tensor) -> tuple[Tensor, Any]:
-        logits, state = self.model(ids, self._state, conditions=self.conditions)
+        logits, state = self.model(ids, self._state, conditions=self._told)
         return logits[:, -1] if self.then is None else self.then(logits[:, -1]), state
 
     def _record(self, ids: Tensor, last: bool) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any]:
