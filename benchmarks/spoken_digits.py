@@ -83,9 +83,7 @@ def bits(model: str, data: Path, options: Any) -> list[dict[str, Any]]:
     for labels in (True, False):
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "bits.json"
-            evaluate(
-                data, model=model, labels=labels, validation=options.validation, output=output, device=options.device
-            )
+            evaluate(data, model=model, labels=labels, output=output, device=options.device)
             found = json.loads(output.read_text())
         for name, group in found["by"].items():
             total = sum(one["bits_per_sample"] * one["samples"] for one in group.values())
@@ -111,7 +109,6 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=400)
-    parser.add_argument("--validation", help="rule for the validation recordings, as index=5-9")
     parser.add_argument("--published", action="store_true")
     parser.add_argument("--real", type=int, default=0)
     parser.add_argument("--keep", type=Path)
@@ -122,7 +119,7 @@ def main() -> None:
     options.seconds = options.seconds or (1.0 if options.published else 1.024)
     judges = load_judges(options.judges)
     rate = next(iter(judges.values())).config.sample_rate
-    train, test = open_real(options.data, judges, None, None, options.validation)
+    train, test = open_real(options.data, options.judges, judges)
     held_out = json.loads((options.judges / "judges.json").read_text())["held_out"]
     about: dict[str, Any] = {"model": options.model, "rejection": "none"}
     rows: list[dict[str, Any]] = [{"what": "judges on real recordings", "accuracies": held_out}]

@@ -333,10 +333,12 @@ def judge(
     """
     from tqdm import tqdm
 
+    if (folder / "judges.json").exists():
+        raise InputError(f"{folder} holds judges already; give another folder")
     recordings = open_recordings(data, table)
     rules = split_rules(recordings.rows, test, validation)
     parts = split_rows(recordings.rows, **rules, seed=how.seed)
-    conditions, ids = parse_conditions(recordings.rows, labels)
+    conditions, ids = parse_conditions(recordings.rows, labels, "--labels")
     if not conditions:
         raise InputError("--labels names no column of the table; give one or more, as word,speaker")
     make_folder(folder)

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from seqmodels.checkpoint import read_json
+from seqmodels.config import ConditionConfig
 from seqmodels.display import aligned
 from seqmodels.errors import InputError
 from seqmodels.files import write_json
 from seqmodels.tasks.audio import metrics as m
 from seqmodels.tasks.audio.judges import Heard, Judge, load_judges
-from seqmodels.tasks.audio.tables import match_conditions, open_recordings, split_rows, split_rules
+from seqmodels.tasks.audio.tables import match_conditions, open_recordings, split_rows
 from seqmodels.tasks.audio.waveform import MuLaw
 
 
@@ -52,8 +54,6 @@ def metrics(
     judges: Path,
     reject: tuple[float, float] | None = None,
     table: Path | None = None,
-    test: str | None = None,
-    validation: str | None = None,
     output: Path | None = None,
 ) -> None:
     """How good generated speech is: what judges recognise in it, beside real recordings and controls.
@@ -65,15 +65,12 @@ def metrics(
 
     Args:
         generated: A folder, zip or tar of generated recordings, with a table of the labels they were made for.
-        data: A folder, zip or tar of the real recordings that the judges and the model learned from.
+        data: A folder, zip or tar of the real recordings that the judges learned from; their split is used here, too.
         judges: Folder that `audio judge` wrote.
         reject: Also measure what is left after rejection by likelihood: the clips, sorted from the least to the most
             likely, between these two fractions, as [0.4,0.95] for the published figures of SC09. The table of the
             generated recordings must have a column bits_per_sample.
         table: CSV table of the real recordings with a column "file" and labels; by default metadata.csv beside them.
-        test: Test recordings: a rule column=value,value or a fraction; by default split=test if there is such a column.
-        validation: Validation recordings, which are left out here; by default split=validation if there are such rows,
-            else 0.1. The same as the judges and the model were trained with.
         output: JSON file to write the results to.
     """
     if output is not None and not output.parent.is_dir():
@@ -82,7 +79,7 @@ def metrics(
         raise InputError(f"--reject is {list(reject)}; expected two fractions, the smaller first, as [0.4,0.95]")
     known = load_judges(judges)
     made = open_clips(generated, known)
-    train, real = open_real(data, known, table, test, validation)
+    train, real = open_real(data, judges, known, table)
     sets = {"generated": made}
     if reject is not None:
         sets["after rejection"] = kept(made, reject)
@@ -95,6 +92,8 @@ def metrics(
 def open_clips(path: Path, judges: Mapping[str, Judge]) -> Sounds:
     """Generated recordings with a table; labels in their columns are those of the judges."""
     recordings = open_recordings(path)
+    if recordings.rows.height < 2:
+        raise InputError(f"{path}: holds one recording; measure two or more, for example a thousand")
     waves = recordings.read(next(iter(judges.values())).config.sample_rate)
     truth = {label: _ids(recordings.rows, label, one) for label, one in judges.items() if label in recordings.rows}
     known = dict.fromkeys(("bits_per_sample", "ended"))
@@ -108,23 +107,23 @@ def open_clips(path: Path, judges: Mapping[str, Judge]) -> Sounds:
 
 
 def open_real(
-    data: Path, judges: Mapping[str, Judge], table: Path | None, test: str | None, validation: str | None
+    data: Path, folder: Path, judges: Mapping[str, Judge], table: Path | None = None
 ) -> tuple[Sounds, Sounds]:
-    """Real training and test recordings."""
-    recordings = open_recordings(data, table)
-    parts = split_rows(recordings.rows, **split_rules(recordings.rows, test, validation))
-    if len(parts["test"]) == 0:
-        raise InputError(f"{data}: has no test recordings; say which with --test")
-    rate, both = next(iter(judges.values())).config.sample_rate, []
+    """Real training and test recordings, by the split with which the judges in a folder were trained."""
+    recordings, how = open_recordings(data, table), next(iter(judges.values())).config
+    parts = split_rows(recordings.rows, **read_json(folder / "judges.json")["rules"], seed=how.seed)
+    if len(parts["test"]) < 2:
+        raise InputError(f"{data}: has no test recordings; train judges with --test, which says which they are")
+    both = []
     for name in ("train", "test"):
         part = recordings.select(parts[name])
-        both.append(Sounds(part.read(rate), {label: _ids(part.rows, label, one) for label, one in judges.items()}))
+        both.append(
+            Sounds(part.read(how.sample_rate), {label: _ids(part.rows, label, one) for label, one in judges.items()})
+        )
     return both[0], both[1]
 
 
 def _ids(rows: pl.DataFrame, label: str, judge: Judge) -> np.ndarray:
-    from seqmodels.config import ConditionConfig
-
     return match_conditions(rows, (ConditionConfig(name=label, values=judge.classes),), f"{label}={label}")[:, 0]
 
 

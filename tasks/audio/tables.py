@@ -136,15 +136,17 @@ def _content(source: Path, name: str) -> bytes:
     return (source / name).read_bytes() if source.is_dir() else next(_members(source, {name}))[1]
 
 
-def parse_conditions(rows: pl.DataFrame, text: str) -> tuple[tuple[ConditionConfig, ...], np.ndarray]:
+def parse_conditions(
+    rows: pl.DataFrame, text: str, flag: str = "--conditions"
+) -> tuple[tuple[ConditionConfig, ...], np.ndarray]:
     """Conditions of a model and each row's ids (rows, conditions), from "digit=word,speaker" (name=column or column).
 
-    Values keep the order in which the table first names them; an empty cell means "not given".
+    Values keep the order in which the table first names them; an empty cell means "not given". Errors name the `flag`.
     """
     conditions, ids = [], []
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, column = part.partition("=")
-        values = _column(rows, column or name, "--conditions").unique(maintain_order=True).drop_nulls().to_list()
+        values = _column(rows, column or name, flag).unique(maintain_order=True).drop_nulls().to_list()
         conditions.append(ConditionConfig(name=name, values=tuple(values)))
         ids.append(condition_ids(rows, conditions[-1], column or name))
     return tuple(conditions), np.stack(ids, axis=1) if ids else np.zeros((rows.height, 0), dtype=np.int64)

@@ -194,6 +194,15 @@ def test_judges_are_trained_saved_and_asked_about_generated_recordings(tmp_path,
     ):
         assert main([*command, *more]) == 2
         assert reason in capsys.readouterr().err
+    (made / "metadata.csv").write_text("file\n0.flac\n")
+    assert main(command) == 2
+    assert "two or more" in capsys.readouterr().err
+    for folder, labels, reason in (
+        ("judges", "word", "judges already"),
+        ("other", "mood", "--labels names the column"),
+    ):
+        assert main(["audio", "judge", str(real), str(tmp_path / folder), "--labels", labels]) == 2
+        assert reason in capsys.readouterr().err
     (tmp_path / "judges" / "judges.json").write_text("{}")
     assert main(command) == 2
     assert "longseq audio judge" in capsys.readouterr().err
