@@ -435,6 +435,10 @@ def _cross_entropy(
     weights = None if weights is None else weights.flatten() * counted
     count = counted.sum() if weights is None else weights.sum()
     if len(targets) * len(weight) > LOGITS:
+        asked = counted.nonzero().flatten()
+        if len(asked) < len(targets):  # the others need no logits
+            x, targets = x.index_select(0, asked), targets[asked]
+            weights = None if weights is None else weights[asked]
         total, right = _ChunkedCrossEntropy.apply(x, weight, bias, targets, weights)
     else:
         logits = F.linear(x, weight, bias)

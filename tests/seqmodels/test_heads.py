@@ -282,6 +282,17 @@ def test_logits_of_all_positions_never_exist_at_once(task, monkeypatch):
     assert largest.size == max(x.numel(), 37 * 20)
 
 
+def test_positions_without_a_target_need_no_logits(monkeypatch):
+    model, batch = with_logits("next_token")
+    monkeypatch.setattr(heads, "LOGITS", 37 * 7)
+    seen, plain = [], heads._logits_in_chunks
+    monkeypatch.setattr(heads, "_logits_in_chunks", lambda x, *rest: seen.append(len(x)) or plain(x, *rest))
+    model.loss(batch)
+    assert seen == [(batch["targets"] != -100).sum()]
+    assert seen[0] < batch["targets"].numel()
+    assert model.loss(batch | {"targets": torch.full_like(batch["targets"], -100)})[0] == 0
+
+
 def targets_for(kind, n=6):
     generator = torch.Generator().manual_seed(3)
     values = torch.randn(n, 3, generator=generator, dtype=torch.float64)
