@@ -127,17 +127,15 @@ def _said(rows: list[Row], waves: list[Any], network: Any, batch_tokens: int) ->
 
 
 def _windows(length: int, window: float | None, stride: float | None, rate: int) -> Iterator[tuple[int, int]]:
-    """Where windows begin and end, in samples: the last one ends with the recording and may be shorter."""
+    """Where windows begin and end, in samples; one that reaches the recording's end is the last, and may be shorter."""
     if window is None:
         yield 0, length
         return
     size, step = round(window * rate), round((stride or window) * rate)
-    start = 0
-    while True:
+    for start in range(0, length, step):
         yield start, min(start + size, length)
         if start + size >= length:
             return
-        start += step
 
 
 def probabilities(

@@ -125,6 +125,8 @@ def test_windows_cover_a_recording_and_say_where_they_are(tmp_path):
     assert list(_windows(10, 0.4, None, 10)) == [(0, 4), (4, 8), (8, 10)]
     assert list(_windows(8, 0.4, 0.2, 10)) == [(0, 4), (2, 6), (4, 8)]
     assert list(_windows(3, 0.4, 0.2, 10)) == [(0, 3)]
+    assert list(_windows(6, 0.2, 0.6, 10)) == [(0, 2)]  # with gaps between
+    assert list(_windows(7, 0.2, 0.6, 10)) == [(0, 2), (6, 7)]
     model = saved("u-net", tmp_path / "model")
     write_audio(tmp_path / "a.wav", tone(300, 2000), 8000)
     assert classify([tmp_path / "a.wav"], model=model, window=0.1, output=tmp_path / "t.tsv") == 0
