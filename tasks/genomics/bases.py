@@ -88,18 +88,14 @@ def load_bases(
     stranded: bool = False,
     within: Path | None = None,
     region: str = "",
-    folder: Path | None = None,
 ) -> LabelledBases:
-    """The records, or the regions of them, of a FASTA file or a folder of such, with labels from annotation.
-
-    `folder` keeps the genome as tokens (genome.py).
-    """
+    """The records, or the regions of them, of a FASTA file or a folder of such, with labels from annotation."""
     files = [data]
     if data.is_dir():
         files = sorted(p for p in data.iterdir() if Path(p.name.removesuffix(".gz")).suffix in _SUFFIXES)
         if not files:
             raise InputError(f"{data} has no FASTA file ({', '.join(_SUFFIXES)}, also .gz); give a file or a folder")
-    genome = read_genome(files, folder)
+    genome = read_genome(files)
     lengths = {name: genome.length(i) for i, name in enumerate(genome.names)}
     named = [feature.strip() for feature in features.split(",")]
     labels = label_bases(annotation, named, lengths, stranded=stranded, within=within)
