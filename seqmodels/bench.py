@@ -37,6 +37,12 @@ SIZES = {
         "$LONGSEQ_DATA/genomes/yeast_s288c/S288C.cds.bed.gz --device cuda --batch-tokens 262144",
     ),
     "classify": Sizes(gpu="--device cuda"),
+    "coding": Sizes(
+        "runs/coding-codons --name coding-codons -- --baseline codons --training.device cpu",
+        "runs/coding --name coding -- --bidirectional --strands equivariant --d-state 64 --dropout 0.1 "
+        "--batch-tokens 131072 --seeds 3 --training.max-steps 800 --training.validate-every 100 "
+        "--training.learning-rate 2e-3 --training.precision bf16 --training.device cuda",
+    ),
     "fasta": Sizes(gpu=None),
     "gue": Sizes(*["$LONGSEQ_DATA/dna/gue runs/gue-kmer --name gue-kmer -- --baseline kmer"] * 2),
     "kernels_cpu": Sizes(gpu=None),

@@ -85,9 +85,9 @@ def label_bases(
                 others.add(interval.seq)
                 continue
             own = places.setdefault(interval.seq, [[] for _ in features])
+            found.add(interval.feature)
             if interval.feature in features:  # others only tell that the sequence is annotated
                 _check_inside(interval, lengths[interval.seq], path)
-                found.add(interval.feature)
                 place = features.index(interval.feature)
                 own[place].append((interval.start, interval.end, _STRANDS[interval.strand]))
     names = " and ".join(map(str, files))
@@ -95,7 +95,11 @@ def label_bases(
         few = f"{', '.join(sorted(others)[:3])}; the FASTA has {', '.join(list(lengths)[:3])}"
         raise InputError(f"{names} annotates none of the sequences, but {few}: give files that go together")
     if missing := [feature for feature in features if feature not in found]:
-        raise InputError(f"{names} has no {' and no '.join(missing)} in these sequences; see --features")
+        there = ", ".join(sorted(found - set(features))[:10])
+        raise InputError(
+            f"{names} has no {' and no '.join(missing)} in these sequences{there and f', but {there}'}; name what it "
+            "has with --features"
+        )
     inside = None if within is None else _inside(within, lengths)
     suffixes = ("+", "-") if stranded else ("",)
     classes = tuple(sorted([BACKGROUND, *(f"{feature}{s}" for feature in features for s in suffixes)]))
