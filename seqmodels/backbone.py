@@ -227,7 +227,7 @@ class KmerEmbedding(nn.Module):
         self.register_buffer("complements", complements, persistent=False)
         self.rows = config.buckets or self.base**self.k  # one more follows, for what is no word
         self.table = nn.Embedding(self.rows + 1, config.width)
-        nn.init.normal_(self.table.weight, std=0.02)
+        nn.init.normal_(self.table.weight, std=0.001)  # a word that training never shows adds next to nothing
         self.proj = nn.Linear(config.width, d_model, bias=False)
 
     def forward(
