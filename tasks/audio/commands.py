@@ -50,7 +50,7 @@ def generate(
 
     Args:
         prompt: A label that the model knows (such as "seven"), a recording (.wav, .flac, .ogg, .mp3) to go on from, or
-            a folder of such, with a slash. To a model of text any other words are text.
+            a folder of such. To a model of text any other words are text.
         text: Text that the model is told, if it was trained with text.
         speaker: The voice: a value of the model's condition "speaker".
         label: Values of any conditions, as name=value,...
@@ -87,7 +87,7 @@ def generate(
     import seqmodels
     from seqmodels.checkpoint import choose_device
     from seqmodels.sampling import Sampling
-    from seqmodels.tasks.audio.generate import Heard, prompt_labels
+    from seqmodels.tasks.audio.generate import Heard, is_recording, prompt_labels
     from seqmodels.tasks.audio.waveform import is_audio_name, mu_law_of
 
     sampling = Sampling(temperature, top_k, top_p, guidance)
@@ -102,10 +102,11 @@ def generate(
     network = seqmodels.load(model, device=choose_device(device), dtype=getattr(torch, dtype))
     mu_law = mu_law_of(network.config.tokenizer)
     given = parse_labels(label, {"speaker": speaker} if speaker is not None else {})
-    if prompt is not None and mu_law.text and text is None and not _is_known(prompt, network.config.conditions):
-        labels, recording, text = given, None, prompt
-    else:
-        labels, recording = prompt_labels(network.config.conditions, prompt, given)
+    conditions = network.config.conditions
+    known = prompt is None or is_recording(prompt) or any(prompt in condition.values for condition in conditions)
+    if mu_law.text and text is None and not known:
+        prompt, text = None, prompt
+    labels, recording = prompt_labels(conditions, prompt, given)
     request = _Request(
         network, labels, text, sampling, seconds, number, batch, seed, include_prompt, out_rate or mu_law.sample_rate,
         normalize, subtype, picture,
@@ -278,14 +279,6 @@ class _Request:
             path.with_suffix(".json"),
             self.facts | about | facts | {"clipped_samples": writer.clipped, "versions": versions()},
         )
-
-
-def _is_known(prompt: str, conditions: Any) -> bool:
-    """Whether a prompt is a label, a file or a folder, and so no text."""
-    from seqmodels.tasks.audio.waveform import is_audio_name
-
-    known = any(prompt in condition.values for condition in conditions)
-    return known or is_audio_name(prompt) or Path(prompt).is_file() or ("/" in prompt and Path(prompt).is_dir())
 
 
 def evaluate(

@@ -419,20 +419,24 @@ def label_ids(conditions: tuple[ConditionConfig, ...], labels: Mapping[str, str]
     return torch.tensor([ids], dtype=torch.int64).reshape(1, -1)
 
 
+def is_recording(prompt: str) -> bool:
+    """Whether a prompt is a recording or a folder of such: a file, the suffix of one, or a folder with a slash."""
+    return is_audio_name(prompt) or Path(prompt).is_file() or ("/" in prompt and Path(prompt).is_dir())
+
+
 def prompt_labels(
     conditions: tuple[ConditionConfig, ...], prompt: str | None, given: Mapping[str, str]
 ) -> tuple[dict[str, str], Path | None]:
     """Labels by condition name, and the recording or folder to go on from: what a prompt means to a model.
 
-    A prompt that is there as a file, has the suffix of one, or is a folder's name with a slash is a recording or a
-    folder of such; any other must be a value of one condition.
+    What `is_recording` says; otherwise a value of one condition, or else the name of a folder.
     """
     labels = dict(given)
     if prompt is None:
         return labels, None
-    if is_audio_name(prompt) or Path(prompt).is_file() or ("/" in prompt and Path(prompt).is_dir()):
-        return labels, Path(prompt)
     owners = [condition.name for condition in conditions if prompt in condition.values]
+    if is_recording(prompt) or (not owners and Path(prompt).is_dir()):
+        return labels, Path(prompt)
     if len(owners) > 1:
         raise InputError(
             f"the prompt {prompt!r} is a value of {' and '.join(owners)}; use --label {owners[0]}={prompt}"
