@@ -168,7 +168,8 @@ def measure(
         )
         if any(len(ids) for ids in sets[name].truth.values()):
             groups = np.unique(np.stack(list(sets[name].truth.values())), axis=1, return_inverse=True)[1]
-            rows[name]["diversity within labels, log-mel nats"] = m.diversity(found, groups)
+            if np.bincount(groups).max() > 1:
+                rows[name]["diversity within labels, log-mel nats"] = m.diversity(found, groups)
         if not own:
             rows[name]["copies from training"] = m.copies(tokens[name], known, audible)
     return {"judged": list(judges), "sets": rows}
