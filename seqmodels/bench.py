@@ -104,8 +104,11 @@ def run(name: str, size: Size = "laptop", show: bool = False) -> int:
         done = subprocess.run(command, check=False)
         if done.returncode:
             return done.returncode
-    for path in sorted(path for path, when in _written().items() if before.get(path) != when):
-        print(f"wrote {os.path.relpath(path)}")
+    written = sorted(path for path, when in _written().items() if before.get(path) != when)
+    print(
+        "\n".join(f"wrote {os.path.relpath(path)}" for path in written)
+        or f"no file under {CHECKOUT / 'results'} changed"
+    )
     return 0
 
 
