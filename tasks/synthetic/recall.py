@@ -66,7 +66,7 @@ class Recipe:
 
 
 def recipe(task: Task, mixer: Mixer, size: Literal["laptop", "gpu"], length: int | None = None) -> Recipe:
-    """The papers' recipe (gpu), or one that takes a minute or two on a CPU; `length` is that of training.
+    """The papers' recipe (gpu), or a smaller task for a CPU; `length` is that of training.
 
     Where the papers say nothing, as on Adam's constants and for windows and LSTM, it is what the neighbours have. The
     learning rate of MQAR falls to 1/8 as a cosine, where the paper's falls by an eighth after each of eight epochs.
@@ -214,8 +214,8 @@ def recall(
 ) -> None:
     """Train a model on one of the papers' tasks of memory and measure what it remembers, and for how long.
 
-        longseq bench recall --task induction --mixer mamba --seed 0                      about a minute on a CPU
-        longseq bench recall --task induction --mixer mamba --seed 0 --size gpu           as in the paper
+        longseq bench recall --task induction --mixer mamba --seed 0                  a small one, for a CPU
+        longseq bench recall --task induction --mixer mamba --seed 0 --size gpu       as in the paper
 
     copying: selective copying (Mamba paper, Table 1); induction: induction heads, trained at one length and tested up
     to a million steps (Table 2); mqar: multi-query associative recall (Zoology; Mamba-2 paper, Figure 8). All models
