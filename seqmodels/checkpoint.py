@@ -29,14 +29,26 @@ SHIPPED = Path(__file__).parent / "checkpoints"
 
 def save(model: Model, folder: str | Path, *, card: str | None = None, dtype: torch.dtype | None = None) -> Path:
     """Write a model's folder, file by file and each at once; floating-point weights in `dtype` if given."""
-    folder = Path(folder)
+    return save_parts(Path(folder), FORMAT, to_dict(model.config), unshared(model, dtype), card)
+
+
+def save_parts(folder: Path, kind: str, about: dict[str, Any], tensors: dict[str, Tensor], card: str | None) -> Path:
+    """The same from its parts: the format's name, what config.json says of the model, its weights and its card."""
     make_folder(folder)
-    write_json(folder / "config.json", {"format": FORMAT, "model": to_dict(model.config)})
+    write_json(folder / "config.json", {"format": kind, "model": about})
     if card is not None:
         with replacing(folder / "README.md") as temporary:
             temporary.write_text(card, encoding="utf-8")
-    write_tensors(folder / "model.safetensors", unshared(model, dtype))
+    write_tensors(folder / "model.safetensors", tensors)
     return folder
+
+
+def format_of(folder: str | Path) -> str | None:
+    """The format that config.json of a model's folder names; None where there is no such folder, file or name."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("format")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def unshared(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -113,6 +113,26 @@ def download(find: Callable[[], list[Remote]], target: Path, pin: Path | None = 
     print(target)
 
 
+def data_command(
+    command: str,
+    words: list[str],
+    listed: Callable[[], str],
+    get: Callable[[str, Path], Path],
+    described: Callable[[Path], str],
+) -> None:
+    """What `longseq dna data` and `longseq audio data` do with list, get NAME FOLDER, and info PATH..."""
+    action, *rest = words
+    if action == "list" and not rest:
+        print(listed())
+    elif action == "get" and len(rest) == 2:
+        get(rest[0], Path(rest[1]))
+    elif action == "info" and rest:
+        for path in rest:
+            print(described(Path(path)))
+    else:
+        raise InputError(f"'{command} {' '.join(words)}' is not list, get NAME FOLDER, or info PATH; see --help")
+
+
 def git_tree(folder: Path) -> str:
     """The id (SHA-1) that git gives to a folder of plain files, none of them executable; "nothing" without it."""
     if not folder.is_dir():

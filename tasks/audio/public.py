@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from seqmodels.display import aligned
-from seqmodels.downloads import Remote, download, on_hub
+from seqmodels.downloads import Remote, data_command, download, on_hub
 from seqmodels.errors import InputError
 from seqmodels.tasks.audio.layouts import LEAK
 from seqmodels.tasks.audio.tables import Recordings, open_recordings
@@ -112,16 +112,7 @@ def data(words: list[str], pin: Path | None = None, quiet: bool = False) -> int:
     Returns:
         0.
     """
-    action, *rest = words
-    if action == "list" and not rest:
-        print(_listed())
-    elif action == "get" and len(rest) == 2:
-        get(rest[0], Path(rest[1]), pin, quiet)
-    elif action == "info" and rest:
-        for path in rest:
-            print(_described(Path(path)))
-    else:
-        raise InputError(f"'audio data {' '.join(words)}' is not list, get NAME FOLDER, or info PATH; see --help")
+    data_command("audio data", words, _listed, partial(get, pin=pin, quiet=quiet), _described)
     return 0
 
 

@@ -22,10 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from seqmodels.checkpoint import read_json, read_tensors, write_tensors
+from seqmodels.checkpoint import read_json, read_tensors, save_parts
 from seqmodels.config import HeadConfig
 from seqmodels.errors import InputError
-from seqmodels.files import make_folder, replacing, write_json
 from seqmodels.heads import IGNORED
 from seqmodels.tasks.genomics.annotation import BACKGROUND
 from seqmodels.tasks.genomics.bases import LabelledBases
@@ -240,21 +239,11 @@ def _counts_in_frame(run: Tokens, k: int) -> Floats:
 
 def save_codons(model: CodonModel, folder: Path, *, card: str, loss: float) -> Path:
     """Write a model's folder: config.json, model.safetensors and its card."""
-    make_folder(folder)
     config = model.config
     head = {"task": "position", "labels": list(config.head.labels), "complement": list(config.head.complement)}
     about = {"word": config.word, "half": config.half, "head": head, "tokenizer": config.tokenizer}
-    write_json(folder / "config.json", {"format": FORMAT, "model": about | {"validation_loss": loss}})
-    with replacing(folder / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
-    write_tensors(folder / "model.safetensors", {k: v.contiguous() for k, v in model.state_dict().items()})
-    return folder
-
-
-def is_codon_model(folder: str | Path) -> bool:
-    """Whether a folder holds a codon-usage model."""
-    path = Path(folder) / "config.json"
-    return path.is_file() and read_json(path).get("format") == FORMAT
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    return save_parts(folder, FORMAT, about | {"validation_loss": loss}, tensors, card)
 
 
 def load_codons(folder: str | Path) -> CodonModel:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 import seqmodels
-from seqmodels.checkpoint import choose_device, read_json, resolve
+from seqmodels.checkpoint import choose_device, format_of, read_json, resolve
 from seqmodels.config import Targets
 from seqmodels.errors import InputError
 from seqmodels.sweeps import free_memory, host_bytes, sweepable, two_sweeps, windows
@@ -315,12 +315,10 @@ def labels_bases(model: str) -> bool:
 
 def load(model: str) -> Any:
     """A network, a linear model of k-mer counts or one of codon usage, in eval mode on the CPU."""
-    from seqmodels.tasks.genomics.codons import is_codon_model, load_codons
-    from seqmodels.tasks.genomics.kmers import is_kmer_model, load_kmers
+    from seqmodels.tasks.genomics import codons, kmers
 
-    if is_codon_model(model):
-        return load_codons(model)
-    return load_kmers(model) if is_kmer_model(model) else seqmodels.load(model)
+    by_format = {codons.FORMAT: codons.load_codons, kmers.FORMAT: kmers.load_kmers}
+    return by_format.get(format_of(model), seqmodels.load)(model)
 
 
 class Alone:

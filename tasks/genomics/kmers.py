@@ -8,7 +8,6 @@ Read on both strands, a word and its reverse complement are one, so that both st
 Counts add up, so a sequence of any length can be read in chunks.
 """
 
-import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from seqmodels.checkpoint import read_json, read_tensors, write_tensors
+from seqmodels.checkpoint import read_json, read_tensors, save_parts
 from seqmodels.config import HeadConfig, Targets
 from seqmodels.errors import InputError
-from seqmodels.files import make_folder, replacing, write_json
 from seqmodels.tasks.genomics.datasets import training_data
 from seqmodels.tasks.genomics.labelled import LabelledRecords
 from seqmodels.tasks.genomics.tokens import PAD, TOKENIZER, A, Tokens
@@ -250,24 +248,11 @@ def _loss(scores: NDArray[np.float64], labels: NDArray, targets: Targets) -> flo
 
 def save_kmers(model: KmerModel, folder: Path, *, card: str, facts: dict[str, Any]) -> Path:
     """Write a model's folder: config.json, model.safetensors and its card."""
-    make_folder(folder)
     config = model.config
     about = {"lengths": list(config.lengths), "both_strands": config.both_strands, "labels": list(config.head.labels)}
     about |= {"targets": config.head.targets, "tokenizer": config.tokenizer, **facts}
-    write_json(folder / "config.json", {"format": FORMAT, "model": about})
-    with replacing(folder / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
-    write_tensors(folder / "model.safetensors", {"weight": model.weight.detach(), "bias": model.bias.detach()})
-    return folder
-
-
-def is_kmer_model(folder: str | Path) -> bool:
-    """Whether a folder holds a model of k-mer counts."""
-    path = Path(folder) / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
-        return False
+    tensors = {"weight": model.weight.detach(), "bias": model.bias.detach()}
+    return save_parts(folder, FORMAT, about, tensors, card)
 
 
 def load_kmers(folder: str | Path) -> KmerModel:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from seqmodels.display import aligned
-from seqmodels.downloads import Remote, download, on_hub, on_zenodo
+from seqmodels.downloads import Remote, data_command, download, on_hub, on_zenodo
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, splits_of
 from seqmodels.tasks.genomics.tokens import N, reverse_complement
@@ -147,16 +147,7 @@ def data(words: list[str], pin: Path | None = None, quiet: bool = False) -> int:
     Returns:
         0.
     """
-    action, *rest = words
-    if action == "list" and not rest:
-        print(_listed())
-    elif action == "get" and len(rest) == 2:
-        get(rest[0], Path(rest[1]), pin, quiet)
-    elif action == "info" and rest:
-        for path in rest:
-            print(_described(Path(path)))
-    else:
-        raise InputError(f"'dna data {' '.join(words)}' is not list, get NAME FOLDER, or info PATH; see --help")
+    data_command("dna data", words, _listed, partial(get, pin=pin, quiet=quiet), _described)
     return 0
 
 

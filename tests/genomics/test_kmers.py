@@ -12,11 +12,12 @@ from sklearn.linear_model import LogisticRegression
 
 import seqmodels
 from seqmodels import presets
+from seqmodels.checkpoint import format_of
 from seqmodels.config import ConvConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.evaluate import evaluate
-from seqmodels.tasks.genomics.kmers import complement_of_words, frequencies, is_kmer_model, load_kmers
+from seqmodels.tasks.genomics.kmers import FORMAT, complement_of_words, frequencies, load_kmers
 from seqmodels.tasks.genomics.labelled import load_labelled
 from seqmodels.tasks.genomics.tokens import encode, pad_right, reverse_complement
 from seqmodels.tasks.genomics.train import train
@@ -152,8 +153,8 @@ def test_bad_words_and_folders_are_told(data, run, tmp_path):
         train(data, tmp_path / "run", baseline="kmer", mixer="lstm")
     with pytest.raises(InputError, match="is already here"):
         train(data, run, baseline="kmer")
-    assert not is_kmer_model(tmp_path)
+    assert format_of(tmp_path) is None
     (tmp_path / "config.json").write_text('{"format": "longseq-kmers-1", "model": {"labels": []}}')
-    assert is_kmer_model(tmp_path)
+    assert format_of(tmp_path) == FORMAT
     with pytest.raises(InputError, match="not a whole k-mer model"):
         load_kmers(tmp_path)
