@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from record import write_result
 
-from seqmodels.tasks.genomics.explain import Explainer, importance
+from seqmodels.tasks.genomics.importance import Explainer, importance
 from seqmodels.tasks.genomics.tokens import encode
 from seqmodels.tasks.genomics.train import train
 from seqmodels.training import TrainingConfig

@@ -15,7 +15,8 @@ from seqmodels.config import BackboneConfig, HeadConfig, KmerConfig, ModelConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics import explain as module
 from seqmodels.tasks.genomics.classify import classify
-from seqmodels.tasks.genomics.explain import Explainer, explain, importance
+from seqmodels.tasks.genomics.explain import explain
+from seqmodels.tasks.genomics.importance import Explainer, importance
 from seqmodels.tasks.genomics.inference import load
 from seqmodels.tasks.genomics.kmers import KmerModel, KmerModelConfig, save_kmers
 from seqmodels.tasks.genomics.logo import Panel, draw
