@@ -244,16 +244,16 @@ class KmerEmbedding(nn.Module):
         digits = torch.where(ids >= 0, self.digits[ids.clamp(min=0)], -1)
         run = None if seq_idx is None else F.pad(starts_of_sequences(seq_idx).cumsum(1), (past, 0))
         word, whole = torch.zeros_like(ids[:, past:]), torch.ones_like(ids[:, past:], dtype=torch.bool)
-        other = torch.zeros_like(word)  # the reverse complement
+        other = None if self.complements is None else torch.zeros_like(word)  # the reverse complement
         for j in range(self.k):
             digit = digits[:, j : j + l]
             word = word * self.base + digit
             whole &= digit >= 0
-            if self.complements is not None:
+            if other is not None:
                 other += self.complements[digit] * self.base**j
             if run is not None:
                 whole &= run[:, j : j + l] == run[:, past:]
-        if self.complements is not None:
+        if other is not None:
             word = torch.minimum(word, other)
         if self.buckets is not None:
             word = hashed(word) % self.buckets

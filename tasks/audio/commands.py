@@ -195,28 +195,20 @@ class _Request:
             )  # fmt: skip
         several = self.number > 1
         paths = [path.with_stem(f"{path.stem}_{item}") if several else path for item in range(self.number)]
-        before = heard if self.include_prompt else None
-        start = 0.0 if before is None else before.seconds
+        before, bits = heard if self.include_prompt else None, made.bits_per_sample
         for item, name in enumerate(paths):
             samples = np.concatenate(list(joined(before, [made.samples[item]], self.rate, self.out_rate)))
             samples, level = normalise(samples, self.out_rate, self.normalize)
             with Writer(name, self.out_rate, subtype=self.subtype) as writer:
                 writer.write(samples)
             self._say(name, writer, [level] if level else [])
-            facts = {
-                "item": item,
-                "new_samples": len(made.samples[item]),
-                "new_sound_starts_at_seconds": start,
-                "ended_by_model": made.ended[item],
-                "bits_per_sample": made.bits_per_sample[item] if len(made.samples[item]) else None,
-                "samples_per_second": round(made.samples_per_second, 1),
-            }
-            self._write_story(name, facts, writer)
+            new = len(made.samples[item])
+            self._write_story(name, writer, item, before, new, made.ended[item], bits[item], made.samples_per_second)
             if self.picture:
                 words = [self.text] if self.text else []
                 with replacing(name.with_suffix(".png")) as file:
                     title = ", ".join([*self.labels.values(), *words, f"seed {self.seed}"])
-                    draw_picture(file, samples, self.out_rate, title, start)
+                    draw_picture(file, samples, self.out_rate, title, 0.0 if before is None else before.seconds)
         total = sum(map(len, made.samples)) / self.rate
         names = str(paths[0]) if not several else f"{paths[0]} ... {paths[-1].name}"
         print(f"wrote {names}: {total:.2f} s of new sound, {self._speed(made.samples_per_second)}", file=sys.stderr)
@@ -232,7 +224,8 @@ class _Request:
             self.network, labels=self.labels, text=self.text, prompt=heard, seconds=self.seconds,
             sampling=self.sampling, seed=self.seed,
         )  # fmt: skip
-        blocks = joined(heard if self.include_prompt else None, sound, self.rate, self.out_rate)
+        before = heard if self.include_prompt else None
+        blocks = joined(before, sound, self.rate, self.out_rate)
         begun = time.perf_counter()
         with _progress(round(self.seconds * self.rate), "samples", self.rate) as advance, ExitStack() as stack:
             writer = None if path is None else stack.enter_context(
@@ -250,16 +243,7 @@ class _Request:
         speed = sound.made / max(time.perf_counter() - begun, 1e-9)
         if path is not None and writer is not None:
             self._say(path, writer, [])
-            start = heard.seconds if heard is not None and self.include_prompt else 0.0
-            facts = {
-                "item": 0,
-                "new_samples": sound.made,
-                "new_sound_starts_at_seconds": start,
-                "ended_by_model": sound.ended,
-                "bits_per_sample": sound.bits_per_sample if sound.made else None,
-                "samples_per_second": round(speed, 1),
-            }
-            self._write_story(path, facts, writer)
+            self._write_story(path, writer, 0, before, sound.made, sound.ended, sound.bits_per_sample, speed)
         name = "standard output (s16le, mono)" if path is None else path
         said = f"{sound.made / self.rate:.2f} s of new sound at {self.out_rate} Hz, {self._speed(speed)}"
         print(f"wrote {name}: {said}", file=sys.stderr)
@@ -273,12 +257,24 @@ class _Request:
         for note in notes:
             print(f"{path}: {note}", file=sys.stderr)
 
-    def _write_story(self, path: Path, facts: dict[str, Any], writer: Any) -> None:
-        about = {"seed": self.seed, "sample_rate": self.out_rate, "model_rate": self.rate, "subtype": writer.subtype}
-        write_json(
-            path.with_suffix(".json"),
-            self.facts | about | facts | {"clipped_samples": writer.clipped, "versions": versions()},
-        )
+    def _write_story(
+        self, path: Path, writer: Any, item: int, before: Any, new: int, ended: bool, bits: float, speed: float
+    ) -> None:
+        facts = {
+            "seed": self.seed,
+            "sample_rate": self.out_rate,
+            "model_rate": self.rate,
+            "subtype": writer.subtype,
+            "item": item,
+            "new_samples": new,
+            "new_sound_starts_at_seconds": 0.0 if before is None else before.seconds,
+            "ended_by_model": ended,
+            "bits_per_sample": bits if new else None,
+            "samples_per_second": round(speed, 1),
+            "clipped_samples": writer.clipped,
+            "versions": versions(),
+        }
+        write_json(path.with_suffix(".json"), self.facts | facts)
 
 
 def evaluate(

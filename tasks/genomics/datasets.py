@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from seqmodels.batching import best_fit, buckets, draw_batches, draw_packed, pack
 from seqmodels.errors import InputError
 from seqmodels.heads import IGNORED
-from seqmodels.tasks.genomics.genome import Genome, Stretch
+from seqmodels.tasks.genomics.genome import Genome, Stretch, held_out
 from seqmodels.tasks.genomics.inference import batches_by_length
 from seqmodels.tasks.genomics.labelled import LabelledRecords
 from seqmodels.tasks.genomics.tokens import PAD, A, N, T, Tokens, pad_right, reverse_complement
@@ -148,8 +148,8 @@ class RecordData:
         self.records, self.lengths, self.batch_tokens = records, lengths, batch_tokens
         self.augment, self.seed = augment, seed
         if validation is None:
-            self.training, held_out = _split_by_class(records, validation_fraction, seed)
-            self.held_out = records.take(held_out)
+            self.training, places = _split_by_class(records, validation_fraction, seed)
+            self.held_out = records.take(places)
         else:
             self.training, self.held_out = np.arange(len(records.names)), validation
         longest = max(lengths, default=None)
@@ -302,23 +302,28 @@ class GenomeWindows:
             self._places[length] = stretches, np.cumsum([len(s) - length + 1 for s in stretches])
         stretches, ends = self._places[length]
         while True:
-            at = int(rng.integers(ends[-1]))
-            which = int(np.searchsorted(ends, at, side="right"))
-            start = stretches[which].start + at - int(ends[which - 1] if which else 0)
-            drawn = Stretch(stretches[which].record, start, start + length)
+            drawn = nth_window(stretches, ends, int(rng.integers(ends[-1])), length)
             tries -= 1
             if not tries or self.teaches(drawn):
                 return drawn
 
     def _spaced(self, stretches: list[Stretch], count: int) -> list[Stretch]:
-        room = np.array([len(s) // self.window for s in stretches])
-        ends = np.cumsum(room)
-        windows = []
-        for at in np.unique(np.linspace(0, ends[-1] - 1, count).astype(np.int64)):
-            which = int(np.searchsorted(ends, at, side="right"))
-            start = stretches[which].start + (int(at) - int(ends[which] - room[which])) * self.window
-            windows.append(Stretch(stretches[which].record, start, start + self.window))
+        ends = np.cumsum([len(s) // self.window for s in stretches])
+        places = np.unique(np.linspace(0, ends[-1] - 1, count).astype(np.int64))
+        windows = (nth_window(stretches, ends, int(at), self.window, step=self.window) for at in places)
         return [window for window in windows if self.teaches(window)]
+
+
+def nth_window(
+    stretches: list[Stretch], ends: NDArray[np.int64], number: int, length: int, *, step: int = 1
+) -> Stretch:
+    """Window `number` (from 0) of `length` bases, counted through stretches, `step` bases from one to the next.
+
+    `ends` (stretches,) is the cumulative sum of how many windows each stretch has room for.
+    """
+    which = int(np.searchsorted(ends, number, side="right"))
+    start = stretches[which].start + (number - int(ends[which - 1] if which else 0)) * step
+    return Stretch(stretches[which].record, start, start + length)
 
 
 def taken(records: LabelledRecords, places: list[Stretch]) -> tuple[list[Tokens], NDArray]:
@@ -353,18 +358,12 @@ class WindowData:
         self.records, self.lengths, self.batch_tokens = records, lengths, batch_tokens
         self.augment, self.seed = augment, seed
         self.validation_windows, self.length_warmup = validation_windows, length_warmup
-        self.training: list[Stretch] = []
-        self.validation: list[Stretch] = []
         self.held_out = records if validation is None else validation
-        if validation is not None:
-            self.training = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(records.tokens)]
+        self.training = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(records.tokens)]
+        if validation is None:
+            self.training, self.validation = held_out(self.training, validation_fraction, seed)
+        else:
             self.validation = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(validation.tokens)]
-        rng = np.random.default_rng((seed, 2))
-        for i, tokens in enumerate(records.tokens if validation is None else []):
-            held_out = round(validation_fraction * len(tokens))
-            start = int(rng.integers(len(tokens) - held_out + 1))
-            self.validation.append(Stretch(i, start, start + held_out))
-            self.training += [Stretch(i, 0, start), Stretch(i, start + held_out, len(tokens))]
         for length in lengths:
             self._check_room(length, self.training, records, "training")
             self._check_room(length, self.validation, self.held_out, "validation")
@@ -398,11 +397,9 @@ class WindowData:
 
     def _draw(self, label: int, length: int, rng: np.random.Generator, tries: int = 10) -> Tokens:
         stretches = [s for s in self.training if self.records.labels[s.record] == label and len(s) >= length]
-        places = np.array([len(s) - length + 1 for s in stretches])
-        at = int(rng.integers(places.sum()))
-        which = int(np.searchsorted(np.cumsum(places), at, side="right"))
-        start = stretches[which].start + at - int(places[:which].sum())
-        window = self.records.tokens[stretches[which].record][start : start + length]
+        ends = np.cumsum([len(s) - length + 1 for s in stretches])
+        drawn = nth_window(stretches, ends, int(rng.integers(ends[-1])), length)
+        window = self.records.tokens[drawn.record][drawn.start : drawn.end]
         if tries > 1 and np.count_nonzero(window == N) > length // 2:  # mostly N: teaches nothing
             return self._draw(label, length, rng, tries - 1)
         return window
@@ -447,7 +444,5 @@ def spaced_windows(
             raise InputError(f"class {name!r} has no record of {length} bases; use shorter windows")
         ends = np.cumsum(room)
         for at in np.unique(np.linspace(0, room.sum() - 1, count).astype(np.int64)) if count > 1 else [0]:
-            which = int(np.searchsorted(ends, at, side="right"))
-            start = own[which].start + (int(at) - int(ends[which] - room[which])) * step
-            windows.append(Stretch(own[which].record, start, start + length))
+            windows.append(nth_window(own, ends, int(at), length, step=step))
     return windows
