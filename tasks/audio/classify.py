@@ -148,7 +148,8 @@ def probabilities(
     import numpy as np
     import torch
 
-    from seqmodels.tasks.audio.datasets import IGNORED, batches
+    from seqmodels.heads import IGNORED
+    from seqmodels.tasks.audio.datasets import batches
 
     found = np.zeros((len(clips), len(model.config.head.labels)))
     with torch.inference_mode():

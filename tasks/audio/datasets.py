@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from seqmodels.heads import IGNORED
 from seqmodels.tasks.audio.waveform import MuLaw, peak_normalise
 
-IGNORED = -100  # target of padding and of text
 MULTIPLE = 256  # padded lengths are multiples of this, so that few shapes occur
 BEGIN, END = -np.inf, np.inf  # what stands for BOS and EOS among samples
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from seqmodels.config import ConditionConfig
-from seqmodels.tasks.audio.datasets import IGNORED, Clips, batches
+from seqmodels.heads import IGNORED
+from seqmodels.tasks.audio.datasets import Clips, batches
 from seqmodels.tasks.audio.generate import Heard, label_ids
 from seqmodels.tasks.audio.waveform import mu_law_of
 
