@@ -169,7 +169,7 @@ class BaseData(GenomeWindows):
         batch = self._batch(drawn, other)
         if self.augment.mutation_rate:
             mutate = replace(self.augment, reverse_complement=False)
-            batch["ids"] = torch.stack([torch.from_numpy(mutate(ids.numpy(), rng)) for ids in batch["ids"]])
+            batch["ids"] = torch.from_numpy(np.stack(mutate(list(batch["ids"].numpy()), rng)))
         if len(self.class_weights):
             batch["weights"] = torch.from_numpy(self.class_weights[batch["targets"].numpy().clip(min=0)])
         return batch

@@ -1,5 +1,6 @@
 """Batches of labelled DNA for training and validation, and evenly spaced windows for evaluation."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,16 +37,19 @@ class Augmentation:
                 f"mutation_rate is {self.mutation_rate}; expected a part of the bases, at least 0, below 1"
             )
 
-    def __call__(self, tokens: Tokens, rng: np.random.Generator) -> Tokens:
-        """The tokens (l,) of one sequence, changed as `rng` draws; the given ones stay as they are."""
-        if self.reverse_complement and rng.random() < 0.5:
-            tokens = reverse_complement(tokens)
-        if self.mutation_rate:
+    def __call__(self, sequences: list[Tokens], rng: np.random.Generator) -> list[Tokens]:
+        """The tokens (l,) of each sequence, changed as `rng` draws; the given ones stay as they are."""
+        if self.reverse_complement:
+            other = rng.random(len(sequences)) < 0.5
+            sequences = [reverse_complement(s) if o else s for s, o in zip(sequences, other, strict=True)]
+        if self.mutation_rate and sequences:
+            tokens = np.concatenate(sequences)
             drawn = rng.random(len(tokens), dtype=np.float32) < self.mutation_rate
             places = np.flatnonzero(drawn & (tokens >= A) & (tokens <= T))
-            tokens = tokens.copy()
             tokens[places] = A + (tokens[places] - A + rng.integers(1, 4, len(places), dtype=tokens.dtype)) % 4
-        return tokens
+            ends = np.cumsum([len(s) for s in sequences])
+            sequences = [tokens[end - len(s) : end] for s, end in zip(sequences, ends, strict=True)]
+        return sequences
 
 
 def parse_lengths(lengths: str | list[int] | None) -> list[int]:
@@ -181,9 +185,12 @@ class RecordData:
         """Batch number `step`: a pure function of the seed and the step."""
         rows, crop, rng = self._choose(step)
         rows = [self.training[row] for row in rows]
-        read = [[self.augment(_crop(self.records.tokens[i], crop, rng), rng) for i in row] for row in rows]
+        places = np.concatenate(rows)
+        sequences = self.augment([_crop(self.records.tokens[i], crop, rng) for i in places], rng)
         if self._rows is None:
-            return to_batch([sequence for (sequence,) in read], self.records.labels[np.concatenate(rows)])
+            return to_batch(sequences, self.records.labels[places])
+        following = iter(sequences)
+        read = [list(itertools.islice(following, len(row))) for row in rows]
         ids, lengths, seq_idx = pack(read, fill=PAD)
         labels = torch.from_numpy(self.records.labels)
         fill = math.nan if labels.is_floating_point() else IGNORED
@@ -359,6 +366,7 @@ class WindowData:
         self.augment, self.seed = augment, seed
         self.validation_windows, self.length_warmup = validation_windows, length_warmup
         self.held_out = records if validation is None else validation
+        self._room: dict[tuple[int, int], tuple[list[Stretch], NDArray]] = {}  # of windows, by label and length
         self.training = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(records.tokens)]
         if validation is None:
             self.training, self.validation = held_out(self.training, validation_fraction, seed)
@@ -381,8 +389,7 @@ class WindowData:
         """Batch number `step`: a pure function of the seed and the step."""
         length, count, rng = self._choose(step)
         labels = rng.integers(len(self.records.classes), size=count)
-        sequences = [self.augment(self._draw(int(label), length, rng), rng) for label in labels]
-        return to_batch(sequences, labels)
+        return to_batch(self.augment([self._draw(int(label), length, rng) for label in labels], rng), labels)
 
     def tokens(self, step: int) -> int:
         """Bases of batch number `step`."""
@@ -396,8 +403,10 @@ class WindowData:
         return length, max(1, self.batch_tokens // length), rng
 
     def _draw(self, label: int, length: int, rng: np.random.Generator, tries: int = 10) -> Tokens:
-        stretches = [s for s in self.training if self.records.labels[s.record] == label and len(s) >= length]
-        ends = np.cumsum([len(s) - length + 1 for s in stretches])
+        if (label, length) not in self._room:
+            stretches = [s for s in self.training if self.records.labels[s.record] == label and len(s) >= length]
+            self._room[label, length] = stretches, np.cumsum([len(s) - length + 1 for s in stretches])
+        stretches, ends = self._room[label, length]
         drawn = nth_window(stretches, ends, int(rng.integers(ends[-1])), length)
         window = self.records.tokens[drawn.record][drawn.start : drawn.end]
         if tries > 1 and np.count_nonzero(window == N) > length // 2:  # mostly N: teaches nothing

@@ -229,7 +229,8 @@ def test_augmentation_turns_about_half_of_the_windows(long_folder):
 def test_mutations_replace_the_asked_part_of_the_bases_by_others_and_leave_the_data_alone():
     before = encode(b"ACGTN" * 4000)
     given, rng = before.copy(), np.random.default_rng(0)
-    after = Augmentation(reverse_complement=False, mutation_rate=0.1)(given, rng)
+    after, short = Augmentation(reverse_complement=False, mutation_rate=0.1)([given, given[:7]], rng)
+    assert len(short) == 7
     assert np.array_equal(given, before)
     bases, changed = before != N, after != before
     assert not changed[~bases].any()
