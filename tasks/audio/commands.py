@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from seqmodels.errors import InputError
 from seqmodels.files import replacing, write_json
+from seqmodels.table import Format, TableWriter
 
 
 def generate(
@@ -380,6 +381,7 @@ def score(
     text: str | None = None,
     window: float | None = None,
     output: Path | None = None,
+    format: Format | None = None,
     chunk: int = 16384,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -399,7 +401,8 @@ def score(
         label: Values of the model's conditions that it is told, as name=value,...
         text: Text that the model is told, if it was trained with text.
         window: Length in seconds of the stretches that get a row each; by default one row for a recording.
-        output: Table to write, tab-separated; by default it goes to the screen.
+        output: Table to write (.tsv, .csv, .jsonl, .parquet); by default it is shown.
+        format: Format of the table, if the suffix does not say it: tsv, csv, jsonl or parquet.
         chunk: Samples that go through the model at a time.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         dtype: Number format of the weights and activations; bfloat16 is for GPUs.
@@ -411,34 +414,27 @@ def score(
 
     import seqmodels
     from seqmodels.checkpoint import choose_device
-    from seqmodels.display import aligned, as_text
     from seqmodels.tasks.audio.evaluate import COLUMNS, score_recording
     from seqmodels.tasks.audio.generate import label_ids
 
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"{output}: there is no folder {output.parent}; create it first")
     if chunk < 1 or (window is not None and not window > 0):
         raise InputError(f"chunk is {chunk} and window {window}; expected more than 0")
     network = seqmodels.load(model, device=choose_device(device), dtype=getattr(torch, dtype))
     labels = parse_labels(label, {})
     label_ids(network.config.conditions, labels)  # refuses what is unknown once, not for each file
-    rows, failed = [], 0
-    with _progress(len(files), "recordings") as advance:
+    failed = 0
+    with TableWriter(output, COLUMNS, format) as table, _progress(len(files), "recordings") as advance:
         for file in files:
             try:
-                rows += score_recording(network, file, labels, text, window=window, chunk=chunk)
+                rows = score_recording(network, file, labels, text, window=window, chunk=chunk)
             except InputError as error:
                 failed += 1
                 print(f"longseq: {error}", file=sys.stderr)
+            else:
+                table.write(rows)
             advance(1)
-    if failed == len(files):
-        raise InputError(f"of {failed} recordings none could be scored")
-    if output is None:
-        print(aligned(rows, COLUMNS), end="")
-    else:
-        lines = [COLUMNS, *([str(as_text(row[name])) for name in COLUMNS] for row in rows)]
-        with replacing(output) as temporary:
-            temporary.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+        if failed == len(files):
+            raise InputError(f"of {failed} recordings none could be scored")
     return 2 if failed else 0
 
 

@@ -70,7 +70,8 @@ def score(
     return Scores(bits, clips.lengths[0] - 1, end_bits)
 
 
-COLUMNS = ("file", "start", "end", "samples", "bits_per_sample", "end_bits")  # of what score_recording gives
+# what score_recording gives
+COLUMNS = {"file": str, "start": float, "end": float, "samples": int, "bits_per_sample": float, "end_bits": float}
 
 
 @torch.inference_mode()
