@@ -31,7 +31,7 @@ class Sizes:
 
 _GPU_ONLY = Sizes(laptop=None)
 SIZES = {
-    **dict.fromkeys(("causal_conv1d", "decode", "layers", "rms_norm", "selective_scan", "ssd"), _GPU_ONLY),
+    **dict.fromkeys(("causal_conv1d", "layers", "rms_norm", "selective_scan", "ssd"), _GPU_ONLY),
     "batching": Sizes(
         "$LONGSEQ_DATA/genomes/yeast_s288c/S288C.cds.bed.gz --mixers mamba2 --batches 0",
         "$LONGSEQ_DATA/genomes/yeast_s288c/S288C.cds.bed.gz --device cuda --batch-tokens 262144",
@@ -43,6 +43,7 @@ SIZES = {
         "--batch-tokens 131072 --seeds 3 --training.max-steps 800 --training.validate-every 100 "
         "--training.learning-rate 2e-3 --training.precision bf16 --training.device cuda",
     ),
+    "decode": Sizes(None, "--mixers mamba2 mamba attention --batches 1 2 4 8 16 32 64 128"),
     "fasta": Sizes(gpu=None),
     "gue": Sizes(*["$LONGSEQ_DATA/dna/gue runs/gue-kmer --name gue-kmer -- --baseline kmer"] * 2),
     "kernels_cpu": Sizes(gpu=None),
