@@ -3,10 +3,12 @@
 import csv
 import gzip
 import importlib
+import json
 import os
 import re
 import shlex
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from seqmodels.cli import COMMANDS, _parser, main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GENOMICS = (ROOT / "docs" / "genomics.md").read_text(encoding="utf-8")
+GENOMICS, AUDIO = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("genomics", "audio"))
 CARDS = sorted((ROOT / "seqmodels" / "checkpoints").glob("*/README.md"))
 
 
@@ -27,7 +29,7 @@ def commands(text):
 
 
 @pytest.mark.parametrize(
-    "line", [line for text in (README, GENOMICS, *(c.read_text() for c in CARDS)) for line in commands(text)]
+    "line", [line for text in (README, GENOMICS, AUDIO, *(c.read_text() for c in CARDS)) for line in commands(text)]
 )
 def test_every_command_that_is_shown_parses(line):
     line = line.split("` ")[0]
@@ -50,13 +52,23 @@ def examples(tmp_path, monkeypatch):
     return tmp_path
 
 
+LITTLE = {
+    ("dna", "train"): "--training.max-steps 20",
+    ("audio", "train"): "--training.max-steps 2 --widths [32,32] --depths [1,1] --pools [16] --clips.batch-tokens 8192",
+    ("audio", "generate"): "--seconds 0.02",
+    ("audio", "judge"): "--how.epochs 1",
+    ("audio", "render"): "--seconds 0.5 --sample-rate 8000 --workers 1",
+}
+
+
 def run(lines):
-    """Runs commands, training only for a few steps; they must end well, and write what they name."""
+    """Runs commands, with a little of the work; they must end well, and write what they name."""
     for line in lines:
         words = shlex.split(line)[1:]
-        words += ["--training.max-steps", "20"] if words[1] == "train" else []
+        words += LITTLE.get((words[0], words[1]), "").split()
         assert main(words) == 0, line
-        assert all(Path(words[words.index(o) + 1]).exists() for o in ("-o", "--pictures", "--picture") if o in words)
+        for path in (Path(words[words.index(o) + 1]) for o in ("-o", "--pictures", "--picture") if o in words):
+            assert path.exists() or path.with_stem(f"{path.stem}_0").exists()
 
 
 def needs_data(line):
@@ -92,6 +104,50 @@ def test_the_commands_on_data_run_on_a_part_of_them(examples):
     (examples / "genomes" / "metadata.csv").write_text("\n".join(rows) + "\n")
     lines = [line for line in commands(GENOMICS) if needs_data(line)]
     assert len(lines) == 5
+    run(lines)
+
+
+def needs_recordings(line):
+    return any(name in line for name in ("fsdd", "runs/", "music"))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_commands_and_the_program_on_sound_run_with_the_shipped_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in commands(AUDIO) if not needs_recordings(line)]
+    assert len(lines) == 5
+    run(lines)
+    (program,) = re.findall(r"```python\n(.*?)```", AUDIO, re.DOTALL)
+    exec(re.sub(r"seconds=[\d.]+", "seconds=0.02", program), {})
+    assert Path("two.wav").exists()
+
+
+@pytest.mark.data
+@pytest.mark.usefixtures("one_thread")
+def test_the_commands_on_recordings_run_on_a_part_of_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shared = Path(os.environ["LONGSEQ_DATA"]) / "audio"
+    with open(shared / "fsdd" / "metadata.csv", newline="") as file:
+        rows = [
+            row | {"prompt": f"the word {row['word']} by {row['speaker']}"}
+            for row in csv.DictReader(file)
+            if row["word"] in ("zero", "one") and row["speaker"] in ("theo", "george") and int(row["index"]) % 5 == 0
+        ]
+    for name in ("fsdd", "made", "sounds"):
+        Path(name).mkdir()
+        with zipfile.ZipFile(shared / "fsdd" / "fsdd_flac.zip") as archive:
+            archive.extractall(name, [row["file"] for row in rows])
+        with open(Path(name) / "metadata.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+    score = {split: [[[60, 55, 52, 48]] * 40] for split in ("train", "valid", "test")}
+    with gzip.open("Jsb16thSeparated.json.gz", "wt") as file:
+        json.dump(score, file)
+    for name in ("seven.flac", "long.wav"):
+        Path(name).write_bytes(Path("fsdd", rows[0]["file"]).read_bytes())
+    lines = [line for line in commands(AUDIO) if needs_recordings(line)]
+    assert len(lines) == 12
     run(lines)
 
 

@@ -1,0 +1,83 @@
+"""Makes the outputs, pictures and sounds of docs/audio.md again, from the commands that stand there.
+
+    LONGSEQ_DATA=data python docs/audio.py
+
+Runs the page's blocks `sh` and `python` in an empty folder that has $LONGSEQ_DATA/audio/fsdd as fsdd, puts what they
+print into the block `text` that follows, copies the files that the page shows to docs/audio, and writes the table of
+speed from benchmarks/results. Training, in blocks without a name, is left alone.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from seqmodels.cli import main
+
+HERE = Path(__file__).resolve().parent
+PAGE, RESULTS = HERE / "audio.md", HERE.parent / "benchmarks" / "results"
+BLOCK = re.compile(r"```(sh|python)\n(.*?)```\n(?:\n```text\n.*?```\n)?", re.DOTALL)
+
+
+class Screen(io.StringIO):
+    """Standard output as a terminal, for which tables are aligned."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def run(block: re.Match) -> str:
+    """The block with what it prints."""
+    kind, code = block.groups()
+    with contextlib.redirect_stdout(Screen()) as printed:
+        if kind == "python":
+            exec(code, {})
+        else:
+            for line in code.splitlines():
+                if main(shlex.split(line)[1:]):
+                    sys.exit(f"failed: {line}")
+    shown = f"\n```text\n{printed.getvalue()}```\n" if printed.getvalue() else ""
+    return f"```{kind}\n{code}```\n{shown}"
+
+
+def speed() -> str:
+    """What is recorded of generation, as a table."""
+    lines = ["| machine | made at a time | samples per second (8,000: real time) |", "|---|---|---|"]
+    long = []
+    for path in sorted(RESULTS.glob("*/generate.json")):
+        for row in json.loads(path.read_text()):
+            where = f"{row['threads']} CPU thread{'s' * (row['threads'] > 1)}" if row["gpu"] == "cpu" else row["gpu"]
+            machine = f"{where}, {row['dtype']}"
+            if row["pass"] == "decode":
+                lines.append(f"| {machine} | {row['shape']['b']} | {row['samples_per_s']:,} |")
+            else:
+                memory = [second[row["columns"].index("mib")] for second in row["each_second"]]
+                long.append(
+                    f"{row['l']:,} samples in one run ({machine}): {memory[0]:,.0f} MiB of memory after the first "
+                    f"second of sound, {memory[-1]:,.0f} MiB after {len(memory)}."
+                )
+    return "\n".join(["", *lines, "", *long, ""])
+
+
+if __name__ == "__main__":
+    page, here = PAGE.read_text(), Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        Path("fsdd").symlink_to(Path(os.environ["LONGSEQ_DATA"]).resolve() / "audio" / "fsdd")
+        page = BLOCK.sub(run, page)
+        for name in sorted(set(re.findall(r"\(audio/(\S+?)\)", page))):
+            if name.endswith(".png"):
+                Image.open(name).quantize(64).save(HERE / "audio" / name)
+            else:
+                shutil.copyfile(name, HERE / "audio" / name)
+        os.chdir(here)
+    page = re.sub(r"(<!-- speed -->\n).*?(<!-- end)", lambda m: f"{m[1]}{speed()}\n{m[2]}", page, flags=re.DOTALL)
+    PAGE.write_text(page)
