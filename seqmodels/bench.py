@@ -48,6 +48,11 @@ SIZES = {
     "gue": Sizes(*["$LONGSEQ_DATA/dna/gue runs/gue-kmer --name gue-kmer -- --baseline kmer"] * 2),
     "kernels_cpu": Sizes(gpu=None),
     "scaling": Sizes("--device cpu --lengths 1024 4096 --mixers mamba2 --layers 2"),
+    "scaling_law": Sizes(
+        "$LONGSEQ_DATA/genomes/enterobacteria runs/scaling-law --device cpu --widths 16 --contexts 256 1024 "
+        "--context-width 16 --tokens 131072 --step 8192 --validated 65536",
+        "$LONGSEQ_DATA/genomes/enterobacteria runs/scaling-law",
+    ),
     "sequence_parallel": Sizes("--device cpu --layers 2 --lengths 4096"),
     "variants": Sizes(None, None),
     "sweeps": Sizes(gpu="--length 4194304 --width 256 --device cuda --dtype bfloat16"),
