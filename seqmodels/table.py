@@ -8,12 +8,13 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from seqmodels.display import aligned, as_text
 from seqmodels.errors import InputError
+from seqmodels.files import write_json
 
 Format = Literal["tsv", "csv", "jsonl", "parquet"]
 Row = dict[str, Any]
@@ -58,13 +59,43 @@ def part_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
+def check_same(what: str, record: Path, made: Mapping[str, Any]) -> None:
+    """An InputError if what a JSON file says of how rows were made is not `made`, with what differs."""
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{record}, which says how {what} was made, cannot be read; leave out --resume") from None
+    then, now = (dict(_leaves({key: values.get(key) for key in made})) for values in (before, made))
+    differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if differing:
+        said = ", ".join(f"{name} was {_brief(then.get(name))} and is {_brief(now.get(name))}" for name in differing)
+        raise InputError(f"{what} was made otherwise: {said}; repeat that, leave out --resume or give another output")
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Names like "model name" and "inputs 1", and the values there; of a file, all that is known of it."""
+    if isinstance(value, list) or (isinstance(value, dict) and "file" not in value):
+        items = value.items() if isinstance(value, dict) else enumerate(value, 1)
+        for key, item in items:
+            yield from _leaves(item, f"{name} {key}".strip())
+    else:
+        yield name.removeprefix("settings "), value
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return " of ".join(str(value[key]) for key in ("file", "modified") if key in value)
+    return f"{value[:8]}..." if isinstance(value, str) and len(value) == 64 else str(value)  # a checksum
+
+
 class TableWriter:
     """Rows to a file, which appears whole under its name when the `with` block ends well, or to standard output.
 
     Without a path: an aligned table of `shown` columns if standard output is a terminal, TSV otherwise. Lines of text
     gather in `part_of(path)`, which a killed process leaves behind. With `resume` they are kept, also by a failure: the
     first rows that are given to `write` must then be those that stand there, by the columns that `resume` names, and
-    are not written again.
+    are not written again. What they are made from and how, `made`, is in a file beside them until the table is whole,
+    and must be the same when work is resumed. Where that is known, they are also kept when a person stops the work.
     """
 
     def __init__(
@@ -74,8 +105,9 @@ class TableWriter:
         format: Format | None = None,
         shown: list[str] | None = None,
         resume: Sequence[str] = (),
+        made: Mapping[str, Any] | None = None,
     ):
-        """`columns` maps names to str, int or float, in order; `shown` are the ones for a terminal."""
+        """`columns` maps names to str, int or float, in order; `shown` are the ones for a terminal; `made` is JSON."""
         self._path, self._columns, self._shown, self._resume = path, columns, shown or list(columns), resume
         if path is None:
             self._format = format or ("screen" if sys.stdout.isatty() else "tsv")
@@ -83,6 +115,7 @@ class TableWriter:
                 raise InputError("Parquet is not text; name an output file with -o")
         else:
             self._format = format or format_of(path)
+        self._made = made
         self._in_lines = path is not None and self._format != "parquet" and path.suffix != ".gz"
         if resume and not self._in_lines:
             raise InputError(
@@ -133,7 +166,15 @@ class TableWriter:
             self.kept = max(0, len(whole) - (self._format in _DIALECTS))  # without the header
             end = sum(whole) if self.kept else 0
             self._old = self._read(part)
+        if self._made is not None and self.kept:
+            try:
+                check_same(str(part), _record_of(part), self._made)
+            except InputError:
+                os.close(descriptor)
+                raise
         os.ftruncate(descriptor, end)
+        if self._made is not None and not self.kept:
+            write_json(_record_of(part), self._made)
         os.lseek(descriptor, end, os.SEEK_SET)
         return part, descriptor
 
@@ -187,6 +228,7 @@ class TableWriter:
             raise self._failure(error) from None
 
     def __exit__(self, kind, *_) -> None:
+        whole = False
         try:
             if kind is None and self._format == "screen":
                 self._file.write(aligned(self._rows, self._shown))
@@ -199,13 +241,21 @@ class TableWriter:
             self._file.close()
             self._binary.close()  # GzipFile leaves the file below it open
             if kind is None:
-                os.replace(self._temporary, self._path)
+                self._publish(self._temporary, self._path)
+                whole = True
         except OSError as error:
             raise self._failure(error) from None
         finally:
-            keep = self._keep or (self._resume and (self.kept or self._grown))
+            if kind is KeyboardInterrupt and self._made is not None and (place := self.keep()):
+                print(f"the rows so far are in {place}; --resume goes on from them", file=sys.stderr)
+            keep = not whole and (self._keep or (self._resume and (self.kept or self._grown)))
             if self._temporary is not None and not keep:
                 self._temporary.unlink(missing_ok=True)
+                _record_of(self._temporary).unlink(missing_ok=True)
+
+    def _publish(self, rows: Path, path: Path) -> None:
+        """Puts what has been written under its name."""
+        os.replace(rows, path)
 
     def _write_parquet(self) -> None:
         import polars
@@ -222,6 +272,11 @@ class TableWriter:
             return error
         place = self._path or "standard output"
         return InputError(f"cannot write {place}: {error.strerror or error}; make room or give another place")
+
+
+def _record_of(part: Path) -> Path:
+    """The file that says how the rows in `part` are made."""
+    return part.with_name(f"{part.name}.json")
 
 
 def _said(row: Row, names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from seqmodels.errors import InputError
-from seqmodels.table import Format, Row, TableWriter, check_writable, part_of
+from seqmodels.table import Format, Row, TableWriter, check_writable
 from seqmodels.tasks.genomics.classify_bases import SHOWN, BaseTracks, Kepts, columns_of, segmented
 from seqmodels.tasks.genomics.inference import (
     Answer,
@@ -29,8 +29,10 @@ from seqmodels.tasks.genomics.inference import (
     opened,
     scores_of,
     serve_first,
+    sizes,
+    type_of,
 )
-from seqmodels.tasks.genomics.manifest import manifest_of, write_manifest
+from seqmodels.tasks.genomics.manifest import Manifest
 from seqmodels.tasks.genomics.pieces import ANSWERED, Cut, Intervals, Records, sources_of
 from seqmodels.tasks.genomics.tokens import Tokens
 from seqmodels.tasks.genomics.tracks import TrackFormat, Tracks
@@ -142,12 +144,15 @@ def classify(
             model of both strands), otherwise windows.
         overlap: Bases before and after each of these windows that are read with it; otherwise batch_tokens / 8.
         resume: Go on where the same command was stopped or killed: its rows are in <output>.part, are checked against
-            the input and kept. For .tsv, .csv and .jsonl; Parquet and .gz are written anew.
+            the input and kept. Settings, files and weights must be the same. For .tsv, .csv and .jsonl; Parquet and .gz
+            are written anew.
         quiet: No progress on a terminal.
 
     Returns:
         0, or 2 if any file or record could not be read as it should (the reasons are on standard error).
     """
+    device_type = type_of(device)
+    batch_tokens, chunk = sizes(device_type, batch_tokens, chunk)
     options = {"model": model, "dtype": dtype, "batch_tokens": batch_tokens, "chunk": chunk}
     options |= {"reading": reading, "overlap": overlap}
     per_base = labels_bases(model)
@@ -161,11 +166,13 @@ def classify(
     TableWriter(output, {}, format, resume=identity if resume else ())  # says early what cannot be written
     if output is not None:
         check_writable(output)
-    if resume and output is not None and output.exists() and not part_of(output).exists():
-        print(f"{output} is there and whole: nothing to resume", file=sys.stderr)
+    cut = _cut(window, stride)
+    settings = {"strand": strand, "window": window, "stride": cut and cut.stride, "region": region, "bed": bed}
+    settings |= {"feature": feature, "device": device_type} | options
+    manifest = Manifest(output, settings.pop("model"), [*files, *([bed] if bed else [])], settings)
+    if resume and manifest.is_whole():
         dismiss()
         return 0
-    cut = _cut(window, stride)
     sources = sources_of(files, region, bed, feature, cut)
     if track is not None and identity is _IDENTITY and not per_base:
         raise InputError("a track needs places along sequences; give --window, --bed or --region too")
@@ -186,6 +193,7 @@ def classify(
             format,
             SHOWN if per_base else _SHOWN if identity is _IDENTITY else _SHOWN_PLACED,
             identity if resume else (),
+            manifest.made,
         ) as table,
         progress,
     ):
@@ -221,20 +229,8 @@ def classify(
         if tracks is not None:
             lengths = {seq: length for source in sources for seq, length in source.lengths.items()}
             written = tracks.write(lengths, called=facts.targets == "single")
-        if output is not None:
-            manifest_of(output).unlink(missing_ok=True)  # none that speaks of another table
-    if output is not None:
-        settings = {"strand": strand, "window": window, "stride": cut and cut.stride, "region": region}
-        settings |= {"bed": bed, "feature": feature, "format": format, "device": device, "devices": devices}
-        write_manifest(
-            output,
-            options.pop("model"),
-            inputs=[*files, *([bed] if bed else [])],
-            outputs=written,
-            settings=settings | options | {"batch_tokens": facts.batch_tokens},
-            counts=sum(statuses, Counter()),
-            problems=all_said,
-        )
+        manifest.forget()
+    manifest.write(sum(statuses, Counter()), all_said, written)
     for line in all_said:
         print(f"longseq: {line}", file=sys.stderr)
     return 2 if all_said else 0

@@ -31,6 +31,7 @@ from seqmodels.tasks.genomics.inference import (
     batches_by_length,
     opened,
     serve_first,
+    sizes,
 )
 from seqmodels.tasks.genomics.pieces import ANSWERED, Records
 from seqmodels.tasks.genomics.tokens import Tokens, pad_right, reverse_complement
@@ -145,10 +146,8 @@ class Embedder:
         self, model: str, layer: int = -1, strand: str = "fwd", pool: str = "mean", device: str = "auto",
         dtype: Dtype = "float32", batch_tokens: int | None = None, chunk: int | None = None, sharing: int = 1,
     ) -> None:  # fmt: skip
-        for name, value in (("batch_tokens", batch_tokens), ("chunk", chunk)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
         self.device = choose_device(device)
+        self.batch_tokens, self.chunk = sizes(self.device.type, batch_tokens, chunk)
         loaded = seqmodels.load(model, device=self.device, dtype=getattr(torch, dtype))
         self.backbone: Any = loaded.backbone
         if loaded.config.tokenizer.get("type") != "dna" or not isinstance(self.backbone, Backbone):
@@ -163,9 +162,6 @@ class Embedder:
             self.backbone.norm_f = _Sum(self.backbone.norm_f.weight)
         self.width: int = loaded.config.backbone.d_model
         self.strand, self.pool, self.sharing = strand, pool, sharing
-        on_cpu = self.device.type == "cpu"
-        self.batch_tokens = batch_tokens or (1 << 16 if on_cpu else 1 << 20)
-        self.chunk = chunk or (1 << 14 if on_cpu else 1 << 20)
 
     @property
     def longest_batched(self) -> int:

@@ -15,12 +15,12 @@ import torch
 from tqdm import tqdm
 
 from seqmodels.errors import InputError
-from seqmodels.table import Format, Row, TableWriter, check_writable, part_of
+from seqmodels.table import Format, Row, TableWriter, check_writable
 from seqmodels.tasks.genomics.importance import Effects, Explainer, Floats, Method, importance, is_base
-from seqmodels.tasks.genomics.inference import Dtype, Strand
+from seqmodels.tasks.genomics.inference import Dtype, Strand, sizes, type_of
 from seqmodels.tasks.genomics.intervals import Interval
 from seqmodels.tasks.genomics.logo import BASES, PER_ROW, Panel, check_picture, write_picture
-from seqmodels.tasks.genomics.manifest import manifest_of, write_manifest
+from seqmodels.tasks.genomics.manifest import Manifest
 from seqmodels.tasks.genomics.pieces import ANSWERED, Intervals, Records, sources_of
 from seqmodels.tasks.genomics.tokens import Tokens, decode, reverse_complement
 from seqmodels.tasks.genomics.tracks import Tracks
@@ -87,7 +87,7 @@ def explain(
 
     N has no rows, and counts for nothing but the reading of its neighbours; lower case is read as upper case. A record
     without an explanation has one row without a base, and its status says why: empty, only_n, invalid, truncated,
-    missing, outside (as of dna classify), or too_long (see --batch-tokens).
+    missing, outside (as of dna classify), or too_long (see --batch-tokens). <output>.json says how the table was made.
 
     Args:
         files: FASTA files, plain or compressed with gzip or BGZF; - is standard input.
@@ -142,11 +142,15 @@ def explain(
         if path is not None and any(str(f) != "-" and f.exists() and path.resolve() == f.resolve() for f in inputs):
             raise InputError(f"the output {path} is also an input; give another name")
     TableWriter(output, {}, format, resume=_IDENTITY if resume else ())  # says early what cannot be written
+    device_type = type_of(device)
+    batch_tokens, _ = sizes(device_type, batch_tokens)
     if output is not None:
         check_writable(output)
-        if resume and output.exists() and not part_of(output).exists():
-            print(f"{output} is there and whole: nothing to resume", file=sys.stderr)
-            return 0
+    settings = {"method": method, "label": label, "strand": strand, "region": region, "bed": bed, "feature": feature}
+    settings |= {"context": context, "span": span, "device": device_type, "dtype": dtype, "batch_tokens": batch_tokens}
+    manifest = Manifest(output, model, inputs, settings)
+    if resume and manifest.is_whole():
+        return 0
     if picture is not None:
         check_picture(picture)
     explainer = Explainer(model, device, dtype, strand=strand, batch_tokens=batch_tokens)
@@ -160,7 +164,7 @@ def explain(
     statuses, problems, unexplained = Counter[str](), list[str](), list[str]()
     lengths: dict[str, int] = {}
     progress = tqdm(unit="base", unit_scale=True, disable=quiet or not sys.stderr.isatty())
-    with TableWriter(output, columns, format, shown, identity if resume else ()) as table, progress:
+    with TableWriter(output, columns, format, shown, identity if resume else (), manifest.made) as table, progress:
         given = 0
         for stretch in _stretches(sources, wide, span, explainer.longest(method), problems):
             if stretch.common["status"] in ANSWERED:
@@ -187,15 +191,8 @@ def explain(
         for source in sources:
             lengths |= source.lengths
         written = drawn.write(lengths)
-        if output is not None:
-            manifest_of(output).unlink(missing_ok=True)  # none that speaks of another table
-    if output is not None:
-        settings = {"method": method, "label": label, "strand": strand, "region": region, "bed": bed}
-        settings |= {"feature": feature, "context": context, "span": span, "format": format, "device": device}
-        settings |= {"dtype": dtype, "batch_tokens": explainer.batch_tokens}
-        write_manifest(
-            output, model, inputs=inputs, outputs=written, settings=settings, counts=statuses, problems=problems
-        )
+        manifest.forget()
+    manifest.write(statuses, problems, written)
     for line in problems:
         print(f"longseq: {line}", file=sys.stderr)
     return 2 if problems else 0

@@ -39,7 +39,7 @@ from seqmodels.checkpoint import choose_device
 from seqmodels.config import Targets
 from seqmodels.errors import InputError
 from seqmodels.heads import LanguageModel
-from seqmodels.tasks.genomics.inference import Dtype, Strand, load, scores_of
+from seqmodels.tasks.genomics.inference import Dtype, Strand, load, scores_of, sizes
 from seqmodels.tasks.genomics.tokens import MASK, A, N, T, Tokens, reverse_complement
 
 Method = Literal["mutagenesis", "gradient"]
@@ -96,9 +96,8 @@ class Explainer:
         self, model: str, device: str = "auto", dtype: Dtype = "float32", *, strand: Strand = "fwd",
         batch_tokens: int | None = None,
     ) -> None:  # fmt: skip
-        if batch_tokens is not None and batch_tokens < 1:
-            raise InputError(f"batch_tokens is {batch_tokens}; it must be at least 1")
         self.name, self.device = model, choose_device(device)
+        self.batch_tokens, _ = sizes(self.device.type, batch_tokens)
         self.model: Any = load(model).to(self.device, getattr(torch, dtype)).requires_grad_(False)
         head = self.model.config.head
         if self.model.config.tokenizer.get("type") != "dna" or head.task == "position":
@@ -116,7 +115,6 @@ class Explainer:
         self.backbone: Any = self.model.backbone
         if head.task == "next_token":
             self.model = Likelihood(self.model)
-        self.batch_tokens = batch_tokens or (1 << 16 if self.device.type == "cpu" else 1 << 20)
         turned = {"fwd": (False,), "rev": (True,), "both": (False, True)}[strand]
         self._turned = (False,) if self.backbone.both_strands else turned  # which readings are averaged
 

@@ -54,9 +54,8 @@ class Answer(NamedTuple):
 class Classifier:
     """A DNA sequence classifier with how to run it; logits come back as float32 in the order of `classes`.
 
-    batch_tokens and chunk are in bases; by default what keeps the device busy: 65,536 and 16,384 on a CPU, a million on
-    a GPU. reading and overlap are for longer records than that where the model is bidirectional (seqmodels/sweeps.py);
-    `sharing` processes of this machine share its memory.
+    batch_tokens and chunk are in bases, by default those of `sizes`. reading and overlap are for longer records where
+    the model is bidirectional (seqmodels/sweeps.py); `sharing` processes of this machine share its memory.
     """
 
     task = "sequence"
@@ -72,11 +71,10 @@ class Classifier:
         overlap: int | None = None,
         sharing: int = 1,
     ) -> None:
-        for name, value, least in (("batch_tokens", batch_tokens, 1), ("chunk", chunk, 1), ("overlap", overlap, 0)):
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}; it must be at least {least}")
+        if overlap is not None and overlap < 0:
+            raise InputError(f"overlap is {overlap}; it must be at least 0")
         self.device = choose_device(device)
-        on_cpu = self.device.type == "cpu"
+        self.batch_tokens, self.chunk = sizes(self.device.type, batch_tokens, chunk)
         self.model: Any = load(model).to(self.device, getattr(torch, dtype))
         config = self.model.config
         if config.head.task != self.task or config.tokenizer.get("type") != "dna":
@@ -90,8 +88,6 @@ class Classifier:
         self.targets: Targets = config.head.targets
         self.causal: bool = self.model.causal
         self.parts = 1  # in which a batch is read, since a whole one did not fit into memory
-        self.batch_tokens = batch_tokens or (1 << 16 if on_cpu else 1 << 20)
-        self.chunk = chunk or (1 << 14 if on_cpu else 1 << 20)
         self.reading, self.sharing = reading, sharing
         self.overlap = self.batch_tokens // 8 if overlap is None else overlap
         if self.causal and reading != "auto":
@@ -304,6 +300,20 @@ class BaseClassifier(Classifier):
     def _logits_of(self, features: Iterator[torch.Tensor]) -> Iterator[Logits]:
         for x in features:
             yield self.model.classify(x)[0].float().cpu().numpy()
+
+
+def type_of(device: str) -> str:
+    """cpu or cuda, of the name of a device or auto."""
+    return choose_device(device).type if device == "auto" else device.partition(":")[0]
+
+
+def sizes(device_type: str, batch_tokens: int | None, chunk: int | None = None) -> tuple[int, int]:
+    """Bases per batch and per chunk; None: what keeps the device busy, 65,536 and 16,384 on a CPU, 2**20 on a GPU."""
+    for name, value in (("batch_tokens", batch_tokens), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    on_cpu = device_type == "cpu"
+    return batch_tokens or (1 << 16 if on_cpu else 1 << 20), chunk or (1 << 14 if on_cpu else 1 << 20)
 
 
 def labels_bases(model: str) -> bool:

@@ -15,10 +15,11 @@ from tqdm import tqdm
 import seqmodels
 from seqmodels.checkpoint import choose_device
 from seqmodels.errors import InputError
-from seqmodels.table import Format, Row, TableWriter, check_writable, part_of
+from seqmodels.table import Format, Row, TableWriter, check_writable
 from seqmodels.tasks.genomics.genome import Genome, read_genome
-from seqmodels.tasks.genomics.inference import Alone, Dtype, Together, opened, scores_of, serve_first
+from seqmodels.tasks.genomics.inference import Alone, Dtype, Together, opened, scores_of, serve_first, sizes, type_of
 from seqmodels.tasks.genomics.intervals import printable
+from seqmodels.tasks.genomics.manifest import Manifest
 from seqmodels.tasks.genomics.tokens import MASK, A, T, Tokens, encode, reverse_complement
 from seqmodels.tasks.genomics.vcf import Change, Line, VcfReader, VcfWriter, names_of, read_change
 from seqmodels.workers import LostWorker, dismiss, in_order, with_way_on
@@ -75,6 +76,8 @@ def variants(
     (the line cannot be read), symbolic (the allele is not spelled out, such as <DEL> or *), or too_long (it does not
     fit into half of the window); these have no scores. Names with and without chr are taken for the same.
 
+    Beside the output, <output>.json says how it was made, as for dna classify.
+
     Args:
         vcf: Variants as VCF, plain or compressed with gzip or BGZF; - is standard input.
         reference: The FASTA file that the positions belong to, plain or compressed.
@@ -98,7 +101,9 @@ def variants(
     Returns:
         0, or 2 if any line or reference allele is not as it should be (what is wrong is on standard error).
     """
-    options = {"model": model, "dtype": dtype, "strand": strand, "distance": distance, "batch_tokens": batch_tokens}
+    device_type = type_of(device)
+    options = {"model": model, "dtype": dtype, "strand": strand, "distance": distance}
+    options |= {"batch_tokens": sizes(device_type, batch_tokens)[0]}
     if serve_first(Scorer, device, **options):
         return 0
     if reference is None or model is None:
@@ -116,10 +121,11 @@ def variants(
         TableWriter(output, {}, format, resume=_IDENTITY if resume else ())
     if output is not None:
         check_writable(output)
-        if resume and output.exists() and not part_of(output).exists():
-            print(f"{output} is there and whole: nothing to resume", file=sys.stderr)
-            dismiss()
-            return 0
+    settings = {**options, "context": context, "info": info, "device": device_type}
+    manifest = Manifest(output, settings.pop("model"), [vcf, reference], settings)
+    if resume and manifest.is_whole():
+        dismiss()
+        return 0
     keys = [key for key in info.split(",") if key]
     reader, counts, problems = VcfReader(vcf), Counter[str](), list[str]()
     progress = tqdm(unit="variant", unit_scale=True, disable=quiet or not sys.stderr.isatty())
@@ -137,7 +143,7 @@ def variants(
             writer = _AsVcf(VcfWriter(output, _info_fields(facts.columns)), reader)  # pyright: ignore
         else:
             columns = _columns(facts.columns, keys)
-            writer = _AsTable(TableWriter(output, columns, format, _SHOWN, _IDENTITY if resume else ()))
+            writer = _AsTable(TableWriter(output, columns, format, _SHOWN, _IDENTITY if resume else (), manifest.made))
         with writer.open as written, progress:
             groups = _scored(reader, genome, engine, keys, context, together, written.kept, problems)
             try:
@@ -151,13 +157,17 @@ def variants(
             if problems and not counts:
                 raise InputError(problems[0])
             writer.finish()
+            manifest.forget()
     bad = {status: count for status, count in sorted(counts.items()) if status != "ok"}
+    said = list[str]()
     if bad:
         what = ", ".join(f"{count} {status}" for status, count in bad.items())
-        said = f"{reader.name}: {sum(bad.values())} of {counts.total()} alleles have no score ({what})"
-        print(f"longseq: {said}; see the columns status and note", file=sys.stderr)
-    for problem in problems:  # what was read before it has been written
-        print(f"longseq: {problem}", file=sys.stderr)
+        none = f"{reader.name}: {sum(bad.values())} of {counts.total()} alleles have no score ({what})"
+        said.append(f"{none}; see the columns status and note")
+    said += problems  # what was read before it has been written
+    manifest.write(counts, said)
+    for line in said:
+        print(f"longseq: {line}", file=sys.stderr)
     return 2 if problems or any(status in bad for status in _FAULTS) else 0
 
 
@@ -205,8 +215,7 @@ class Scorer:
         self.sequences = 2 * len(self.strands)  # windows that are read at a time of each pair
         self._plain = not hidden or distance
         self._hidden = hidden
-        batch_tokens = batch_tokens or (1 << 16 if self.device.type == "cpu" else 1 << 20)
-        self.facts = Facts(model, self.columns, self.sequences, batch_tokens)
+        self.facts = Facts(model, self.columns, self.sequences, sizes(self.device.type, batch_tokens)[0])
 
     def forward(self, variants: list[tuple[NDArray[np.uint8], tuple[int, int]]]) -> list[dict[str, float]]:
         """`score` of pairs of windows (2, l) with their places."""

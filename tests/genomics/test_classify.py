@@ -3,6 +3,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -476,6 +477,7 @@ def test_a_killed_table_resumes_to_the_bytes_of_an_uninterrupted_one(tmp_path, m
     for end in ends if suffix == "tsv" else ends[:1]:
         part = tmp_path / f"torn{end}.{suffix}.part"
         part.write_bytes(left[:end])
+        shutil.copy(f"{table}.json", f"{part}.json")
         seen.clear()
         assert classify(files, output=part.with_suffix(""), resume=True, **options) == 2  # not all records are ok
         assert part.with_suffix("").read_bytes() == whole
@@ -488,20 +490,51 @@ def test_a_killed_table_resumes_to_the_bytes_of_an_uninterrupted_one(tmp_path, m
 def test_what_cannot_be_resumed_is_told_and_kept(tmp_path, model, make_model, killed):
     left = (killed / "o.tsv.part").read_bytes()
     (tmp_path / "o.tsv.part").write_bytes(left)
+    shutil.copy(killed / "o.tsv.part.json", tmp_path)
     (tmp_path / "other.fa").write_text(fasta(30, 40))
-    (tmp_path / "short.fa").write_text((killed / "in.fa").read_text()[:300])
     other_model = make_model(("left", "middle", "right"))
+    otherwise = "o.tsv.part was made otherwise: "
     for file, options, message in [
-        (tmp_path / "other.fa", {}, "was not made from this input"),
-        (killed / "in.fa", {"model": other_model}, "was not made from this input by this model"),
+        (tmp_path / "other.fa", {}, rf"{otherwise}inputs 1 was .*in.fa of .* and is .*other.fa of "),
+        (killed / "in.fa", {"model": other_model}, f"{otherwise}model name was .* and is .*, model sha256 model.safe"),
+        (killed / "in.fa", {"strand": "rev"}, f"{otherwise}strand was fwd and is rev; repeat that, leave out --resume"),
+        (killed / "in.fa", {"dtype": "bfloat16"}, "dtype was float32 and is bfloat16"),
+        (killed / "in.fa", {"batch_tokens": None, "chunk": 9}, "batch_tokens was 400 and is 65536, chunk was 16384"),
+        (killed / "in.fa", {"window": 9}, "window was None and is 9, stride was None and is 9; repeat"),
         (killed / "in.fa", {"output": tmp_path / "o.parquet"}, "Parquet and .gz are whole or nothing"),
         (killed / "in.fa", {"output": tmp_path / "o.tsv.gz"}, "Parquet and .gz are whole or nothing"),
         (killed / "in.fa", {"output": None}, "cannot be resumed"),
     ]:
-        options = {"model": model, "output": tmp_path / "o.tsv", **options}
+        options = {"model": model, "output": tmp_path / "o.tsv", "batch_tokens": 400, **options}
         with pytest.raises(InputError, match=message) as error:
             classify([file], device="cpu", resume=True, **options)
         assert "\n" not in str(error.value)
-        assert (tmp_path / "o.tsv.part").read_bytes().startswith(left[: left.rindex(b"\n") + 1])
+        assert (tmp_path / "o.tsv.part").read_bytes() == left
+    (tmp_path / "o.tsv.part.json").unlink()
+    with pytest.raises(InputError, match=r"o.tsv.part.json, which says how .* cannot be read; leave out --resume"):
+        classify([killed / "in.fa"], model=model, output=tmp_path / "o.tsv", device="cpu", resume=True)
     with TableWriter(tmp_path / "p.tsv", {"a": str}), pytest.raises(InputError, match="another process is writing"):
         classify([killed / "in.fa"], model=model, output=tmp_path / "p.tsv", device="cpu")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_a_person_stops_is_kept_and_goes_on_to_the_same_table(tmp_path, model, monkeypatch, capsys):
+    (tmp_path / "in.fa").write_text(fasta(*[20] * 60))
+    options = {"model": model, "device": "cpu", "batch_tokens": 20}
+    assert classify([tmp_path / "in.fa"], output=tmp_path / "whole.tsv", **options) == 0
+    forward, calls = Classifier.forward, []
+
+    def stopped(self, sequences):
+        calls.append(sequences)
+        if len(calls) == 50:
+            raise KeyboardInterrupt
+        return forward(self, sequences)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "forward", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            classify([tmp_path / "in.fa"], output=tmp_path / "o.tsv", **options)
+    assert "the rows so far are in" in capsys.readouterr().err
+    assert classify([tmp_path / "in.fa"], output=tmp_path / "o.tsv", resume=True, **options) == 0
+    assert (tmp_path / "o.tsv").read_bytes() == (tmp_path / "whole.tsv").read_bytes()
+    assert len(list(tmp_path.glob("o.tsv*"))) == 2  # and its manifest

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,15 +58,20 @@ def whole(tmp_path_factory, files, folder):
     """The table that one process writes."""
     table = tmp_path_factory.mktemp("one") / "o.tsv"
     assert classify(files, model=folder, output=table, **OPTIONS) == 2
-    return table.read_bytes()
+    return table
+
+
+def torn(table, output, size):
+    """What is left of a table of which so many bytes have been written when all is killed."""
+    output.with_name(f"{output.name}.part").write_bytes(table.read_bytes()[:size])
+    shutil.copy(f"{table}.json", f"{output}.part.json")
 
 
 def test_two_processes_write_the_table_of_one_also_from_where_it_was_stopped(tmp_path, files, folder, whole, capsys):
-    part = tmp_path / "o.tsv.part"
-    part.write_bytes(whole[: len(whole) // 3])  # torn inside a row
+    torn(whole, tmp_path / "o.tsv", whole.stat().st_size // 3)  # inside a row
     assert classify(files, model=folder, output=tmp_path / "o.tsv", devices=2, resume=True, **OPTIONS) == 2
-    assert (tmp_path / "o.tsv").read_bytes() == whole
-    assert not part.exists()
+    assert (tmp_path / "o.tsv").read_bytes() == whole.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"o.tsv", "o.tsv.json"}
     told = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in told] == ["longseq"] * 3
     assert "1 of 300 records are not ok (1 empty)" in told[0]
@@ -108,10 +114,9 @@ def test_two_processes_write_the_scores_of_one(tmp_path, variants_of, folder):
         one, two = (written(variants, tmp_path, suffix, devices, *variants_of, **options) for devices in (1, 2))
         assert one == two
     (tmp_path / "2.tsv").unlink()
-    lines = (tmp_path / "1.tsv").read_bytes().splitlines(keepends=True)
-    (tmp_path / "2.tsv.part").write_bytes(b"".join(lines[:20]))
+    torn(tmp_path / "1.tsv", tmp_path / "2.tsv", 1000)
     resumed = written(variants, tmp_path, ".tsv", 2, *variants_of, **options, resume=True)
-    assert resumed == b"".join(lines)
+    assert resumed == (tmp_path / "1.tsv").read_bytes()
 
 
 def dying_in_process(options, device):
@@ -134,7 +139,7 @@ def test_a_process_that_dies_is_told_in_one_line_and_nothing_is_lost(tmp_path, f
         classify(files[1:], model=folder, output=table, devices=2, **OPTIONS)
     assert "\n" not in str(error.value)
     assert not table.exists()
-    left, rows = (tmp_path / "o.tsv.part").read_bytes(), whole.splitlines(keepends=True)
+    left, rows = (tmp_path / "o.tsv.part").read_bytes(), whole.read_bytes().splitlines(keepends=True)
     assert left == b"".join(rows[:1] + rows[301:302])
     monkeypatch.undo()
     assert classify(files[1:], model=folder, output=table, resume=True, **OPTIONS) == 2
@@ -147,7 +152,7 @@ def test_torchruns_processes_share_the_records(tmp_path, files, folder, whole):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "seqmodels", *words], capture_output=True, text=True, env=environment)
-    assert (tmp_path / "o.tsv").read_bytes() == whole, done.stderr
+    assert (tmp_path / "o.tsv").read_bytes() == whole.read_bytes(), done.stderr
     assert "many.fa: 1 of 300 records are not ok (1 empty)" in done.stderr
     assert done.stderr.count("longseq: ") == 3
 

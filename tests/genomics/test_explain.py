@@ -373,7 +373,7 @@ def test_tracks_and_pictures_show_what_the_table_says(models, genome, tmp_path, 
     (tmp_path / "x.bed").write_text("chr1\t15\t26\tp\t0\t+\nchr1\t26\t40\tm\t0\t-\n")
     options = {"bed": tmp_path / "x.bed", "method": method, "strand": strand, "device": "cpu", "label": ["c"]}
     options |= {"track": tmp_path / "t", "track_format": "bigwig", "picture": tmp_path / "p.png"}
-    monkeypatch.setattr(module, "write_manifest", lambda *_, **__: None)
+    monkeypatch.setattr(module.Manifest, "write", lambda *_: None)
     assert explain([genome[0]], models["equivariant"], tmp_path / "o.tsv", **options) == 0
     rows = rows_of(tmp_path / "o.tsv")
     want = np.full(60, np.nan)

@@ -84,6 +84,27 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["x.tsv"]
 
 
+@pytest.mark.parametrize("name", ["x.tsv", "x.csv", "x.jsonl"])
+def test_a_table_stopped_at_any_row_goes_on_to_the_same_bytes_if_it_is_made_alike(tmp_path, name):
+    made = {"settings": {"strand": "fwd"}}
+    write(tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    for rows in range(len(ROWS) + 1):
+        path = tmp_path / f"{rows}{name}"
+        with pytest.raises(AttributeError):  # a row that is none
+            write(path, [*ROWS[:rows], None], resume=["name"], made=made)
+        changed = {"resume": ["name"], "made": {"settings": {"strand": "rev"}}}
+        if rows:
+            with pytest.raises(InputError, match=f"{rows}{name}.part was made otherwise: strand was fwd and is rev"):
+                write(path, **changed)
+            changed["made"] = made
+            with pytest.raises(InputError, match="was not made from this input by this model: it has name a"):
+                write(path, [{**ROWS[0], "name": "z"}, *ROWS[1:]], **changed)
+        write(path, **changed)
+        assert path.read_bytes() == whole
+    assert len(os.listdir(tmp_path)) == 2 + len(ROWS)
+
+
 @pytest.mark.parametrize("name", ["x", "x.xlsx", "x.gz", "x.parquet.gz"])
 def test_an_unknown_suffix_is_told(tmp_path, name):
     with pytest.raises(InputError, match="suffix"):
