@@ -1,6 +1,9 @@
 """One recipe on the tasks of GUE: the Matthews correlation on dev and test, mean and spread over its models.
 
     python benchmarks/gue.py $LONGSEQ_DATA/dna/gue runs/gue-kmer --name gue-kmer -- --baseline kmer
+    python benchmarks/gue.py data/nt runs/nt --name nt-caduceus -- --strands conjoined --seeds 10
+
+Other collections of `longseq dna data` likewise, which show accuracy or F1 (here its mean over the classes).
 
 What follows `--` are options of `longseq dna train`, the same for all tasks; --test is added unless --no-test is given,
 so that a recipe can be chosen on dev. A command that was stopped goes on where each task's results are there.
@@ -15,11 +18,14 @@ from pathlib import Path
 import record
 
 from seqmodels.cli import main
+from seqmodels.tasks.genomics.labelled import splits_of
 
 
 def tasks(folder: Path) -> list[str]:
-    """The tasks whose files are there, by the folders of their train files."""
-    return sorted({str(path.parent.relative_to(folder)) for path in folder.rglob("train.csv*")})
+    """The tasks that are there, by the folders with their splits."""
+    places = (path.parent for path in folder.rglob("train*"))
+    found = {place.parent if place.name == "data" and place != folder else place for place in places}
+    return sorted(str(place.relative_to(folder)) for place in found if "train" in splits_of(place))
 
 
 def measured(task: str, data: Path, run: Path, words: list[str]) -> dict:
@@ -30,9 +36,11 @@ def measured(task: str, data: Path, run: Path, words: list[str]) -> dict:
     results = json.loads((place / "results.json").read_text())
     row: dict = {"task": task, "models": len(results["models"])}
     for figures in results["summary"]:
-        if figures["metric"] == "mcc":
-            on = figures["measured on"]
+        on, metric = figures["measured on"], figures["metric"]
+        if metric == "mcc":
             row |= {f"{on}_mcc": figures["mean"], f"{on}_spread": figures["spread"], f"{on}_values": figures["values"]}
+        elif metric in ("accuracy", "macro_f1"):
+            row |= {f"{on}_{metric}": figures["mean"], f"{on}_{metric}_spread": figures["spread"]}
     return row | {"records": results["models"][0]["records"], "seconds": round(time.perf_counter() - started, 1)}
 
 
