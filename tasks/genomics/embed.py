@@ -1,10 +1,11 @@
 """`longseq dna embed`: the features of any layer of a model, per record or per base."""
 
 import json
+import os
 import struct
 import sys
-import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,7 +23,7 @@ from seqmodels.checkpoint import choose_device
 from seqmodels.errors import InputError
 from seqmodels.files import replacing
 from seqmodels.sweeps import free_memory, host_bytes, sweepable, two_sweeps, windows
-from seqmodels.table import Row, check_writable
+from seqmodels.table import Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.inference import (
     MEMORY,
     Alone,
@@ -32,15 +33,19 @@ from seqmodels.tasks.genomics.inference import (
     opened,
     serve_first,
     sizes,
+    type_of,
 )
+from seqmodels.tasks.genomics.manifest import Manifest
 from seqmodels.tasks.genomics.pieces import ANSWERED, Records
 from seqmodels.tasks.genomics.tokens import Tokens, pad_right, reverse_complement
-from seqmodels.workers import LostWorker, in_order
+from seqmodels.workers import LostWorker, dismiss, in_order, with_way_on
 
 Floats = NDArray[np.float32]
 _FORMATS = ("npz", "parquet", "safetensors")
 _BLOCK = 1 << 20  # bytes that are copied at a time
 _ROWS = 4096  # that are asked about together, at most
+_COLUMNS: dict[str, type] = {"record_id": str, "length": int, "status": str, "note": str, "file": str}
+_IDENTITY = ["file", "record_id", "length"]
 
 
 def embed(
@@ -55,6 +60,7 @@ def embed(
     batch_tokens: int | None = None,
     chunk: int | None = None,
     devices: int = 1,
+    resume: bool = False,
     quiet: bool = False,
 ) -> int:
     """Write the embeddings of the records of FASTA files, as a model's layer has them.
@@ -70,7 +76,9 @@ def embed(
 
     Records of any length: models that read in one direction take them in chunks, exactly; those that read in both in
     two sweeps, exactly, or where the main memory does not hold that, in windows of batch_tokens bases with an eighth of
-    them as context on each side. What is written per base waits on the disk, not in memory.
+    them as context on each side. Features wait on the disk, in <output>.part.features, not in memory.
+
+    Beside the output, <output>.json says how it was made, as for dna classify.
 
     Args:
         files: FASTA files, plain or compressed with gzip or BGZF; - is standard input.
@@ -87,11 +95,15 @@ def embed(
         chunk: Longer records are read in chunks of so many bases; otherwise 16,384 on a CPU, 1,048,576 on a GPU.
         devices: GPUs of this machine (or processes, on a CPU) that share the work, as for dna classify, also under
             torchrun; the file is the same as with one. With --pool none, the features of a record must fit into memory.
+        resume: Go on where the same command was stopped or killed: what it has read is in <output>.part and
+            <output>.part.features. Settings, files and weights must be the same.
         quiet: No progress on a terminal.
 
     Returns:
         0, or 2 if any file or record could not be read as it should (the reasons are on standard error).
     """
+    device_type = type_of(device)
+    batch_tokens, chunk = sizes(device_type, batch_tokens, chunk)
     options = {"model": model, "layer": layer, "strand": strand, "pool": pool, "dtype": dtype}
     options |= {"batch_tokens": batch_tokens, "chunk": chunk}
     if serve_first(Embedder, device, **options):
@@ -105,24 +117,32 @@ def embed(
     if any(str(f) != "-" and f.exists() and output.resolve() == f.resolve() for f in files):
         raise InputError(f"the output {output} is also an input; give another name")
     check_writable(output)
-    rows, problems = list[Row](), list[str]()
+    settings = {**options, "device": device_type}
+    manifest = Manifest(output, settings.pop("model"), files, settings)
+    if resume and manifest.is_whole():
+        dismiss()
+        return 0
+    statuses, problems, first = Counter[str](), list[str](), ""
     progress = tqdm(unit="base", unit_scale=True, disable=quiet or not sys.stderr.isatty())
-    with opened(Embedder, device, devices, **options) as engine, replacing(output) as temporary, progress:
+    with opened(Embedder, device, devices, **options) as engine:
         width = engine.facts.width
-        writer: Any = _Means(width) if pool == "mean" else _Bases(temporary, kind, width)
-        with writer:
-            groups = _groups(files, engine, pool, problems)
-            for group in in_order(groups, _Group.done, lambda group: len(group.rows), 16 * _ROWS):
-                rows += group.rows
-                writer.add(group)
-                progress.update(sum(row["length"] for row in group.rows))
-            if not rows:
+        with (_Means if pool == "mean" else _Bases)(output, width, resume, manifest) as features, progress:
+            groups = _groups(files, engine, pool, features.kept, problems)
+            try:
+                for group in in_order(groups, _Group.done, lambda group: len(group.rows), 16 * _ROWS):
+                    features.add(group)
+                    statuses.update(row["status"] for row in group.rows)
+                    bad = (row for row in group.rows if row["status"] not in ANSWERED)
+                    first = first or next(("{record_id}, is {status}: {note}".format(**row) for row in bad), "")
+                    progress.update(sum(row["length"] for row in group.rows))
+            except LostWorker as error:
+                raise with_way_on(error, features.keep()) from None
+            if not statuses:
                 raise InputError("; ".join(problems) or "no FASTA file was given; name at least one, or -")
-            writer.finish(temporary, kind, rows)
-    bad = [row for row in rows if row["status"] not in ANSWERED]
-    if bad:
-        problems.append(f"{len(bad)} of {len(rows)} records have no embedding; the first, {bad[0]['record_id']}, is "
-                        f"{bad[0]['status']}: {bad[0]['note']}")  # fmt: skip
+    if first:
+        none = statuses.total() - sum(statuses[status] for status in ANSWERED)
+        problems.append(f"{none} of {statuses.total()} records have no embedding; the first, {first}")
+    manifest.write(statuses, problems)
     for line in problems:
         print(f"longseq: {line}", file=sys.stderr)
     return 2 if problems else 0
@@ -270,12 +290,19 @@ class _Group(NamedTuple):
         return all(future.done() for _, future in self.answers)
 
 
-def _groups(files: list[Path], engine: Alone | Together, pool: str, problems: list[str]) -> Iterator[_Group]:
-    """Rows of all files in order, as many at a time as make a few batches, with what is asked about them."""
-    waiting, held = list[tuple[Row, Tokens | None]](), 0
+def _groups(files: list[Path], engine: Alone | Together, pool: str, kept: int, problems: list[str]) -> Iterator[_Group]:
+    """Rows of all files in order, as many at a time as make a few batches, with what is asked about them.
+
+    About a group of the first `kept` rows, nothing is asked.
+    """
+    waiting, held, given = list[tuple[Row, Tokens | None]](), 0, 0
     longest = 0 if pool == "none" else engine.facts.longest_batched
 
     def asked() -> _Group:
+        nonlocal given
+        given += len(waiting)
+        if given <= kept:
+            return _Group([row for row, _ in waiting], [])
         known = [(i, tokens) for i, (_, tokens) in enumerate(waiting) if tokens is not None]
         short = [(i, tokens) for i, tokens in known if len(tokens) <= longest]
         batches = engine.batch([tokens for _, tokens in short]) if short else []
@@ -300,34 +327,95 @@ def _groups(files: list[Path], engine: Alone | Together, pool: str, problems: li
         yield asked()
 
 
-class _Means:
-    """Gathers one vector per record."""
+class _Features(TableWriter):
+    """The rows of records, one JSON line each, and their features (float32) in a file beside; at the end, the output.
 
-    def __init__(self, width: int) -> None:
-        self._width, self._found = width, list[Floats]()
+    What is kept of an interrupted run are whole rows and the features of these.
+    """
 
-    def __enter__(self) -> "_Means":
+    def __init__(self, output: Path, width: int, resume: bool, manifest: Manifest) -> None:
+        super().__init__(output, _COLUMNS, "jsonl", resume=_IDENTITY if resume else (), made=manifest.made)
+        part = part_of(output)
+        self._width, self._kind, self._manifest = width, output.suffix[1:], manifest
+        self._place = part.with_name(f"{part.name}.features")
+        self._given = self._end = 0  # rows, and bytes of features, so far
+
+    def __enter__(self) -> "_Features":
+        super().__enter__()
+        self._features: Any = os.fdopen(os.open(self._place, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        pass
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        try:
+            super().__exit__(kind, *rest)
+        finally:
+            self._features.close()
+            if self._temporary is not None and not self._temporary.exists():
+                self._place.unlink(missing_ok=True)
 
     def add(self, group: _Group) -> None:
-        """The records of a group."""
-        found = np.full((len(group.rows), self._width), np.nan, dtype=np.float32)
+        """The records of a group, unless they are kept."""
+        end = self._end + 4 * self._width * self._vectors(group.rows)
+        self._given += len(group.rows)
+        try:
+            if self._given > self.kept:
+                self._features.truncate(self._end)
+                if end > self._end:
+                    os.posix_fallocate(self._features.fileno(), self._end, end - self._end)  # zeros
+                self._write(group)
+            elif self._features.seek(0, 2) < end:
+                raise InputError(f"{self._place} lacks features of the rows that are kept; leave out --resume")
+        except OSError as error:
+            raise self._failure(error) from None
+        self._end = end
+        self.write(group.rows)
+
+    def _vectors(self, rows: list[Row]) -> int:
+        """How many vectors of features rows have."""
+        raise NotImplementedError
+
+    def _write(self, group: _Group) -> None:
+        """Writes the features of a group behind those of the others."""
+        raise NotImplementedError
+
+    def _make(self, path: Path, rows: Iterator[Row]) -> None:
+        """Makes the output of what is there."""
+        raise NotImplementedError
+
+    def _publish(self, rows: Path, path: Path) -> None:
+        self._features.flush()
+        with replacing(path) as temporary, open(rows, encoding="utf-8") as lines:
+            self._make(temporary, map(json.loads, lines))
+            self._manifest.forget()
+
+
+class _Means(_Features):
+    """One vector per record; NaN for those that cannot be read."""
+
+    def _vectors(self, rows: list[Row]) -> int:
+        return len(rows)
+
+    def _write(self, group: _Group) -> None:
+        found = np.full((len(group.rows), self._width), np.nan, dtype="<f4")
         for places, future in group.answers:
             found[places] = future.result()
-        self._found.append(found)
+        self._features.seek(self._end)
+        self._features.write(found.tobytes())
+        self._features.flush()  # before the rows
 
-    def finish(self, path: Path, kind: str, rows: list[Row]) -> None:
-        """The file."""
-        embedding = np.concatenate(self._found)
-        columns = {name: [row[name] for row in rows] for name in ("record_id", "length", "status", "note")}
-        columns["source"] = [row["file"] for row in rows]
-        if kind == "npz":
-            with open(path, "wb") as file:
-                np.savez(file, embedding=embedding, **{name: np.array(column) for name, column in columns.items()})
-        elif kind == "safetensors":
+    def _make(self, path: Path, rows: Iterator[Row]) -> None:
+        self._features.seek(0)
+        embedding = np.frombuffer(self._features.read(), dtype="<f4").reshape(-1, self._width)
+        columns: dict[str, list[Any]] = {"source" if name == "file" else name: [] for name in _COLUMNS}
+        for row in rows:
+            for column, value in zip(columns.values(), row.values(), strict=True):
+                column.append(value)
+        if self._kind == "npz":
+            with zipfile.ZipFile(path, "w") as archive:
+                for name, values in {"embedding": embedding, **columns}.items():
+                    with _member(archive, name) as member:
+                        np.lib.format.write_array(member, np.asarray(values), allow_pickle=False)
+        elif self._kind == "safetensors":
             from safetensors.numpy import save_file
 
             save_file({"embedding": embedding}, path, {"records": json.dumps(columns)})
@@ -337,43 +425,36 @@ class _Means:
             polars.DataFrame(columns | {f"e{i}": embedding[:, i] for i in range(self._width)}).write_parquet(path)
 
 
-class _Bases:
-    """Writes one array per record, by way of a temporary file beside the output."""
+class _Bases(_Features):
+    """One vector per base of each record that can be read: an array per record."""
 
-    def __init__(self, path: Path, kind: str, width: int) -> None:
-        self._path, self._kind, self._width = path, kind, width
-        self._names: dict[str, int] = {}
-        self._arrays: dict[str, tuple[int, int]] = {}  # name: bases, and where they begin in the file
+    def _vectors(self, rows: list[Row]) -> int:
+        return sum(row["length"] for row in rows if row["status"] in ANSWERED)
 
-    def __enter__(self) -> "_Bases":
-        self._file: Any = tempfile.TemporaryFile(dir=self._path.parent)
-        self._end = 0
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._file.close()
-
-    def add(self, group: _Group) -> None:
-        """The records of a group."""
+    def _write(self, group: _Group) -> None:
+        at = self._end
         for (place,), future in group.answers:
-            row = group.rows[place]
-            self._names[row["record_id"]] = number = self._names.get(row["record_id"], 0) + 1
-            name = row["record_id"] if number == 1 else f"{row['record_id']}#{number}"
-            shape = (row["length"], self._width)
-            self._file.truncate(self._end + 4 * row["length"] * self._width)
-            held = np.memmap(self._file, dtype="<f4", mode="r+", offset=self._end, shape=shape)
+            shape = (group.rows[place]["length"], self._width)
+            held = np.memmap(self._features, dtype="<f4", mode="r+", offset=at, shape=shape)
             for start, part in future.result():
                 held[start : start + len(part)] += part
             held.flush()
-            self._arrays[name] = row["length"], self._end
-            self._end += held.nbytes
+            at += held.nbytes
 
-    def finish(self, path: Path, kind: str, rows: list[Row]) -> None:
-        """The file."""
-        if kind == "npz":
+    def _make(self, path: Path, rows: Iterator[Row]) -> None:
+        numbers = Counter[str]()
+        arrays: dict[str, tuple[int, int]] = {}  # name: bases, and where they begin in the file
+        end = 0
+        for row in rows:
+            if row["status"] in ANSWERED:
+                numbers[name := row["record_id"]] += 1
+                name = name if numbers[name] == 1 else f"{name}#{numbers[name]}"
+                arrays[name] = row["length"], end
+                end += 4 * row["length"] * self._width
+        if self._kind == "npz":
             with zipfile.ZipFile(path, "w") as archive:
-                for name, (bases, start) in self._arrays.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                for name, (bases, start) in arrays.items():
+                    with _member(archive, name) as member:
                         header = {"descr": "<f4", "fortran_order": False, "shape": (bases, self._width)}
                         np.lib.format.write_array_header_1_0(member, header)
                         self._copy(member, start, 4 * bases * self._width)
@@ -381,17 +462,22 @@ class _Bases:
         size = 4 * self._width
         entries = {
             name: {"dtype": "F32", "shape": [bases, self._width], "data_offsets": [start, start + size * bases]}
-            for name, (bases, start) in self._arrays.items()
+            for name, (bases, start) in arrays.items()
         }
         header = json.dumps(entries).encode()
         header += b" " * (-len(header) % 8)
         with open(path, "wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
-            self._copy(file, 0, self._end)
+            self._copy(file, 0, end)
 
     def _copy(self, target: Any, start: int, size: int) -> None:
-        self._file.seek(start)
+        self._features.seek(start)
         while size:
-            block = self._file.read(min(_BLOCK, size))
+            block = self._features.read(min(_BLOCK, size))
             target.write(block)
             size -= len(block)
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> Any:
+    """The file of an array in a .npz to write to, without the time: the same features make the same file."""
+    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)

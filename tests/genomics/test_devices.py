@@ -1,6 +1,7 @@
 """Records spread over processes: the table of one, whatever the records, and whatever happens to a process."""
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -146,15 +147,35 @@ def test_a_process_that_dies_is_told_in_one_line_and_nothing_is_lost(tmp_path, f
     assert table.read_bytes() == b"".join(rows[:1] + rows[301:])
 
 
-def test_torchruns_processes_share_the_records(tmp_path, files, folder, whole):
-    words = ["dna", "classify", *map(str, files), "--model", folder, "-o", str(tmp_path / "o.tsv")]
-    words += ["--device", "cpu", "--batch-tokens", "400", "--chunk", "128"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "seqmodels", *words], capture_output=True, text=True, env=environment)
-    assert (tmp_path / "o.tsv").read_bytes() == whole.read_bytes(), done.stderr
+TORCHRUN = """
+import json, sys
+from seqmodels import cli, workers
+if __name__ == "__main__":
+    for words in json.loads(sys.argv[1]):
+        workers._ADDRESS = words[1]  # the store is that of one command
+        cli.main(words)
+"""
+
+
+def test_torchruns_processes_share_records_and_variants(tmp_path, files, variants_of, folder, whole):
+    common = ["--model", folder, "--device", "cpu", "--batch-tokens"]
+    fasta, (vcf, reference) = list(map(str, files)), map(str, variants_of)
+    commands = [
+        ["dna", "classify", *fasta, "-o", str(tmp_path / "o.tsv"), *common, "400", "--chunk", "128"],
+        ["dna", "embed", *fasta, "-o", str(tmp_path / "o.npz"), *common, "400", "--chunk", "128"],
+        ["dna", "variants", vcf, "--reference", reference, "-o", str(tmp_path / "v.tsv"), *common, "640",
+         "--context", "32"],
+    ]  # fmt: skip
+    (tmp_path / "program.py").write_text(TORCHRUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "program.py"), json.dumps(commands)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.stderr.count("longseq: ") == 3 + 2 + 1, done.stderr  # the first process alone speaks
+    assert (tmp_path / "o.tsv").read_bytes() == whole.read_bytes()
     assert "many.fa: 1 of 300 records are not ok (1 empty)" in done.stderr
-    assert done.stderr.count("longseq: ") == 3
+    options = {"model": folder, "context": 32, "batch_tokens": 640, "device": "cpu"}
+    assert (tmp_path / "v.tsv").read_bytes() == written(variants, tmp_path, ".tsv", 1, *variants_of, **options)
+    assert (tmp_path / "o.npz").read_bytes() == written(embed, tmp_path, ".npz", 1, files, model=folder, **OPTIONS)
 
 
 @pytest.mark.gpu

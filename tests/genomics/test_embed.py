@@ -1,3 +1,4 @@
+import functools
 import json
 import zipfile
 
@@ -13,7 +14,7 @@ import seqmodels
 from seqmodels.config import HeadConfig, StrandsConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics import embed as module
-from seqmodels.tasks.genomics.embed import embed
+from seqmodels.tasks.genomics.embed import Embedder, _Features, embed
 from seqmodels.tasks.genomics.tokens import COMPLEMENT_MAP, encode
 
 LENGTHS = (30, 200, 77, 120, 64, 5)
@@ -113,6 +114,52 @@ def test_records_that_cannot_be_read_are_said_and_the_others_are_there(models, t
     assert np.isnan(means["embedding"]).all(1).tolist() == [False, True, False, True, True]
     assert embed([path], models["causal"], tmp_path / "b.npz", pool="none", device="cpu") == 2
     assert [(name, len(a)) for name, a in np.load(tmp_path / "b.npz").items()] == [("a", 8), ("a#2", 4)]
+
+
+@pytest.mark.parametrize("name", ["m.npz", "m.parquet", "m.safetensors", "none.npz", "none.safetensors"])
+def test_what_is_stopped_anywhere_goes_on_to_the_same_bytes(models, fasta, tmp_path, monkeypatch, name, one_thread):
+    fasta[0].write_text(fasta[0].read_text() + ">bad\nAC1T\n>empty\n>r0 again\nACGTA\n")
+    options = {"strand": "both", "device": "cpu", "batch_tokens": 10, "chunk": 80}
+    options |= {"pool": "none" if "none" in name else "mean"}
+    assert embed([fasta[0]], models["causal"], tmp_path / name, **options) == 2
+    whole, output = (tmp_path / name).read_bytes(), tmp_path / f"o{name}"
+    features, calls = Embedder._features, []
+
+    def stopped(self, after, tokens):
+        calls.append(len(tokens))
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return features(self, tokens)
+
+    for after, rows in ((1, 0), (5, 2), (9, 4)):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Embedder, "_features", functools.partialmethod(stopped, after))
+            with pytest.raises(KeyboardInterrupt):
+                embed([fasta[0]], models["causal"], output, **options)
+            part = output.with_name(f"{output.name}.part")
+            assert (part.read_text().count("\n") if part.exists() else 0) == rows
+            assert not output.exists()
+            calls[:] = [0] * 100
+            assert embed([fasta[0]], models["causal"], output, resume=True, **options) == 2
+        long = 7 if "none" in name else 5  # records, of which both strands are read alone; the first of them are kept
+        assert len(calls) - 100 == 2 * (long - rows)
+        assert output.read_bytes() == whole
+        output.unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["x.fa", name, f"{name}.json", f"o{name}.json"])
+
+
+def test_other_settings_and_lost_features_are_told(models, fasta, tmp_path, monkeypatch, one_thread):
+    options = {"device": "cpu", "batch_tokens": 10, "chunk": 80, "resume": True}
+    monkeypatch.setattr(_Features, "_publish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        embed([fasta[0]], models["causal"], tmp_path / "o.npz", **options)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="part was made otherwise: layer was -1 and is 0, strand was fwd and is rev"):
+        embed([fasta[0]], models["causal"], tmp_path / "o.npz", layer=0, strand="rev", **options)
+    (tmp_path / "o.npz.part.features").write_bytes(b"")
+    with pytest.raises(InputError, match=r"o.npz.part.features lacks features of the rows that are kept"):
+        embed([fasta[0]], models["causal"], tmp_path / "o.npz", **options)
 
 
 def test_what_memory_does_not_hold_is_read_in_windows(models, fasta, tmp_path, monkeypatch, one_thread):
