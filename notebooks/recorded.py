@@ -15,26 +15,32 @@ class Record(NamedTuple):
     """A file of recorded results."""
 
     name: str
-    "Of the file, without .json."
+    "Of the file below benchmarks/results, without .json."
     rows: list[dict[str, Any]]
     "One per measurement."
     origin: str
-    "Commands, machine, date if it is known, and the last commit."
+    "Commands, machine, date and last commit, as far as the file says them."
 
 
 def recorded(pattern: str) -> list[Record]:
-    """The files below benchmarks/results whose path fits, such as gue-*.json or */generate.json; none may be there."""
+    """The files below benchmarks/results whose path fits, such as gue-*.json or */generate.json; none may be there.
+
+    They are what the programs of benchmarks/ write, or what `evaluate -o` does.
+    """
     found = []
     for path in sorted(RESULTS.glob(pattern)):
         content = json.loads(path.read_text())
-        rows = content if isinstance(content, list) else content["rows"]  # rows that say themselves where they are from
-        about = rows[-1] if isinstance(content, list) else content
-        machine = content.get("machine", {}) if isinstance(content, dict) else about
+        if isinstance(content, list):  # rows that say themselves where they are from
+            rows, about = content, content[-1]
+        else:
+            rows, about = content.get("rows", content.get("results", [content])), content
+        machine = about.get("machine", about)
+        commands = {f"`{one['command']}`": None for one in (about, *rows) if "command" in one}
         device = machine.get("gpu", "cpu")
-        commands = {f"`{one['command']}`": None for one in (rows if isinstance(content, list) else [content])}
-        said = [*commands, machine.get("cpu", "CPU") if device == "cpu" else device, about.get("date")]
-        origin = ", ".join([*filter(None, said), f"commit {about['commit'][:7]}"])
-        found.append(Record(path.stem, rows, origin))
+        said = [*commands, machine.get("cpu") if device == "cpu" else device, about.get("date")]
+        said.append(f"commit {about['commit'][:7]}" if "commit" in about else None)
+        name = str(path.relative_to(RESULTS).with_suffix(""))
+        found.append(Record(name, rows, ", ".join(filter(None, said)) or name))
     return found
 
 

@@ -19,6 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GENOMICS, AUDIO = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("genomics", "audio"))
 CARDS = sorted((ROOT / "seqmodels" / "checkpoints").glob("*/README.md"))
+NOTEBOOKS = [  # the commands in the strings of their code
+    "\n".join(re.findall(r'\\"(longseq [^"\\]+)\\"', path.read_text(encoding="utf-8")))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+]
 
 
 def commands(text):
@@ -29,7 +33,7 @@ def commands(text):
 
 
 @pytest.mark.parametrize(
-    "line", [line for text in (README, GENOMICS, AUDIO, *(c.read_text() for c in CARDS)) for line in commands(text)]
+    "line", [line for text in (README, GENOMICS, AUDIO, *NOTEBOOKS, *map(Path.read_text, CARDS)) for line in commands(text)]
 )
 def test_every_command_that_is_shown_parses(line):
     line = line.split("` ")[0]
