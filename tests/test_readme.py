@@ -33,7 +33,8 @@ def commands(text):
 
 
 @pytest.mark.parametrize(
-    "line", [line for text in (README, GENOMICS, AUDIO, *NOTEBOOKS, *map(Path.read_text, CARDS)) for line in commands(text)]
+    "line",
+    [line for text in (README, GENOMICS, AUDIO, *NOTEBOOKS, *map(Path.read_text, CARDS)) for line in commands(text)],
 )
 def test_every_command_that_is_shown_parses(line):
     line = line.split("` ")[0]
