@@ -148,6 +148,12 @@ class TableWriter:
         self._keep = self._in_lines and bool(self.kept or self._grown)
         return self._temporary if self._keep else None
 
+    def kept_rows(self) -> Iterator[Row]:
+        """The rows of an interrupted table that are kept."""
+        if self.kept and self._temporary is not None:
+            for row in self._read(self._temporary):
+                yield {name: self._typed(name, value) for name, value in row.items()}
+
     def _open_part(self) -> tuple[Path, int]:
         """The file that lines gather in, locked, cut after its last whole line (or empty), and its descriptor."""
         assert self._path is not None

@@ -13,10 +13,18 @@ from tqdm import tqdm
 
 from seqmodels.errors import InputError
 from seqmodels.table import Format, Row, TableWriter, check_writable
-from seqmodels.tasks.genomics.classify_bases import SHOWN, BaseTracks, Kepts, columns_of, segmented
+from seqmodels.tasks.genomics.classify_bases import (
+    IDENTITY,
+    SHOWN,
+    BaseReader,
+    BaseTracks,
+    Before,
+    Kepts,
+    columns_of,
+    segmented,
+)
 from seqmodels.tasks.genomics.inference import (
     Answer,
-    BaseClassifier,
     Classifier,
     Dtype,
     Facts,
@@ -36,7 +44,7 @@ from seqmodels.tasks.genomics.manifest import Manifest
 from seqmodels.tasks.genomics.pieces import ANSWERED, Cut, Intervals, Records, sources_of
 from seqmodels.tasks.genomics.tokens import Tokens
 from seqmodels.tasks.genomics.tracks import TrackFormat, Tracks
-from seqmodels.workers import LostWorker, dismiss, in_order, torchrun, with_way_on
+from seqmodels.workers import LostWorker, dismiss, in_order, with_way_on
 
 _PLACED = ["file", "seq", "start", "end", "name", "strand", "length", "model"]
 _SHOWN_PLACED = ["seq", "start", "end", "name", "strand", "label", "prob", "status", "note"]
@@ -134,6 +142,7 @@ def classify(
         device: auto, cpu, cuda or cuda:<number>.
         devices: GPUs of this machine (or processes, on a CPU) that share the work. Each record goes to one of them; the
             table is the same as with one. Under torchrun, all of its processes share it, also those of other machines.
+            Of a model that labels bases, what is said of a record must fit into memory (2 bytes per base and class).
         dtype: Number format of the weights and activations.
         batch_tokens: Bases per batch of short records, padding included; otherwise 65,536 on a CPU, 1,048,576 on a GPU.
         chunk: Longer records are read in chunks of so many bases; bounds the memory, does not change the answer;
@@ -145,7 +154,7 @@ def classify(
         overlap: Bases before and after each of these windows that are read with it; otherwise batch_tokens / 8.
         resume: Go on where the same command was stopped or killed: its rows are in <output>.part, are checked against
             the input and kept. Settings, files and weights must be the same. For .tsv, .csv and .jsonl; Parquet and .gz
-            are written anew.
+            are written anew, and so are the tracks of a model that labels bases, which go without --resume.
         quiet: No progress on a terminal.
 
     Returns:
@@ -157,12 +166,16 @@ def classify(
     options |= {"reading": reading, "overlap": overlap}
     per_base = labels_bases(model)
     if per_base:
-        _check_per_base(window, resume, devices)
-    elif serve_first(Classifier, device, **options):
+        _check_per_base(window, track, resume)
+        make, reader_options = BaseReader, {**options, "strand": strand}
+    else:
+        make, reader_options = Classifier, options
+    if serve_first(make, device, **reader_options):
         return 0
     if output is not None and any(str(f) != "-" and f.exists() and output.resolve() == f.resolve() for f in files):
         raise InputError(f"the output {output} is also an input; give another name")
-    identity = _IDENTITY if region is bed is window is None else _PLACED
+    whole = region is bed is window is None
+    identity = IDENTITY if per_base else _IDENTITY if whole else _PLACED
     TableWriter(output, {}, format, resume=identity if resume else ())  # says early what cannot be written
     if output is not None:
         check_writable(output)
@@ -174,24 +187,20 @@ def classify(
         dismiss()
         return 0
     sources = sources_of(files, region, bed, feature, cut)
-    if track is not None and identity is _IDENTITY and not per_base:
+    if track is not None and identity is _IDENTITY:
         raise InputError("a track needs places along sequences; give --window, --bed or --region too")
     tracks = None if track is None else Tracks(track, track_format)
     problems: list[list[str]] = [[] for _ in sources]
     statuses: list[Counter[str]] = [Counter() for _ in sources]
     progress = tqdm(unit="base", unit_scale=True, disable=quiet or not sys.stderr.isatty())
     with (
-        (
-            nullcontext(BaseClassifier(device=device, **options))
-            if per_base
-            else opened(Classifier, device, devices, **options)
-        ) as engine,
-        Kepts(engine, output and output.parent) if isinstance(engine, BaseClassifier) else nullcontext() as kepts,
+        opened(make, device, devices, **reader_options) as engine,
+        Kepts(engine.facts, output and output.parent) if per_base else nullcontext() as kepts,
         TableWriter(
             output,
             columns_of(engine.facts.classes) if per_base else _columns(engine.facts, identity is _PLACED, strand),
             format,
-            SHOWN if per_base else _SHOWN if identity is _IDENTITY else _SHOWN_PLACED,
+            SHOWN if per_base else _SHOWN if whole else _SHOWN_PLACED,
             identity if resume else (),
             manifest.made,
         ) as table,
@@ -200,9 +209,9 @@ def classify(
         facts = engine.facts
         if track is not None and track_format == "bed" and facts.targets == "regression":
             raise InputError("a BED's scores are probabilities, and this model gives numbers; use bedgraph or bigwig")
-        if isinstance(engine, BaseClassifier):
+        if kepts is not None:
             tracks = None if track is None else BaseTracks(track, track_format, kepts)
-            answers = segmented(sources, engine, strand, kepts, tracks, problems)
+            answers = segmented(sources, engine, kepts, tracks, Before(table.kept_rows()), problems)
         else:
             answers = _classified(sources, Strands(engine, strand), table.kept, problems)
         try:
@@ -214,7 +223,7 @@ def classify(
                 progress.update(sum(row["length"] for row in rows))
         except LostWorker as error:
             raise with_way_on(error, table.keep()) from None
-        what, fine = "rows" if per_base else _what(identity, cut), ("ok", "only_n") if cut else ("ok",)
+        what, fine = "rows" if per_base else _what(whole, cut), ("ok", "only_n") if cut else ("ok",)
         for source, said, counts in zip(sources, problems, statuses, strict=True):
             if bad := {status: count for status, count in counts.items() if status not in fine}:
                 those = ", ".join(f"{count} {status}" for status, count in sorted(bad.items()))
@@ -236,11 +245,11 @@ def classify(
     return 2 if all_said else 0
 
 
-def _check_per_base(window: int | None, resume: bool, devices: int) -> None:
-    given = {"window": window is not None, "resume": resume, "devices": devices > 1 or torchrun() is not None}
-    for name, there in given.items():
-        if there:
-            raise InputError(f"{name} is for models of whole sequences, and this one labels every base; leave it out")
+def _check_per_base(window: int | None, track: Path | None, resume: bool) -> None:
+    if window is not None:
+        raise InputError("window is for models of whole sequences, and this one labels every base; leave it out")
+    if resume and track is not None:
+        raise InputError("the tracks of every base are made anew; leave out --resume, or --track")
 
 
 def _cut(window: int | None, stride: int | None) -> Cut | None:
@@ -254,8 +263,8 @@ def _cut(window: int | None, stride: int | None) -> Cut | None:
     return Cut(window, stride or window)
 
 
-def _what(identity: list[str], cut: Cut | None) -> str:
-    return "windows" if cut else "records" if identity is _IDENTITY else "intervals"
+def _what(whole: bool, cut: Cut | None) -> str:
+    return "windows" if cut else "records" if whole else "intervals"
 
 
 def _columns(facts: Facts, placed: bool, strand: Strand) -> dict[str, type]:

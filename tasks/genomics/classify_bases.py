@@ -5,11 +5,14 @@ base, in steps of 1/10,000, equal neighbours joined; PREFIX.labels.bed has the s
 
 What is known of the bases of a record, two bytes for each class, waits in a temporary file: segments are cut from it
 once it is known that the record is whole, and tracks are written from it at the end.
+
+Records may be read by several processes; what these say of one comes back at once, and must fit into memory.
 """
 
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +21,20 @@ from numpy.typing import NDArray
 
 from seqmodels.errors import InputError
 from seqmodels.table import Row
-from seqmodels.tasks.genomics.inference import BaseClassifier, Logits, Strand, probabilities
+from seqmodels.tasks.genomics.inference import Alone, BaseClassifier, Facts, Logits, Strand, Together, probabilities
 from seqmodels.tasks.genomics.pieces import ANSWERED, Intervals, Piece, Records
+from seqmodels.tasks.genomics.tokens import Tokens
 from seqmodels.tasks.genomics.tracks import TrackFormat, Tracks
+from seqmodels.workers import LostWorker, in_order
 
+IDENTITY = ["file", "seq", "start", "end", "name", "model"]
+"Columns: a row with these is the same row when work is resumed."
 SHOWN = ["seq", "start", "end", "label", "prob", "status", "note"]
 STEPS = 10_000
 "Of probability, from 0 to 1."
 _BLOCK = 1 << 20
 _WAITING = 4096  # records that are read together, at most
+_AHEAD = 1 << 30  # bases, of 2 bytes per class, that wait at most for those before them
 
 Steps = NDArray[np.uint16]
 
@@ -36,6 +44,36 @@ def columns_of(classes: Sequence[str]) -> dict[str, type]:
     columns: dict[str, type] = {"seq": str, "start": int, "end": int, "name": str, "length": int, "label": str}
     columns |= {"prob": float} | {f"p_{name}": float for name in classes}
     return columns | {"status": str, "note": str, "reading": str, "file": str, "model": str}
+
+
+def steps_of(logits: Logits) -> Steps:
+    """Probabilities in STEPS."""
+    return np.rint(STEPS * probabilities(logits)).astype("<u2")
+
+
+class BaseReader:
+    """A BaseClassifier that reads a strand; its answers are probabilities (l, classes) in STEPS."""
+
+    def __init__(self, strand: Strand, **options: Any) -> None:
+        self._classifier, self._strand = BaseClassifier(**options), strand
+        self.facts = self._classifier.facts
+
+    def batch(self, sequences: list[Tokens]) -> list[Steps]:
+        """Of each of some whole sequences."""
+        return [steps_of(logits) for logits in self._classifier.on_strands(sequences, self._strand)]
+
+    forward = batch
+
+    def stream(self, chunks: Iterable[Tokens]) -> Iterator[tuple[str, Steps | None]]:
+        """Of one sequence that comes in chunks, stretch by stretch, with how it is read; or why it cannot be, and None.
+
+        The chunks are taken as the stretches are.
+        """
+        parts, reading = self._classifier.read(chunks, self._strand)
+        if parts is None:
+            yield reading, None
+        for logits in parts or ():
+            yield reading, steps_of(logits)
 
 
 class Kept(NamedTuple):
@@ -51,9 +89,9 @@ class Kept(NamedTuple):
 class Kepts:
     """Probabilities of bases in a temporary file, which is there until the `with` block ends."""
 
-    def __init__(self, classifier: BaseClassifier, folder: Path | None) -> None:
-        self.classes = classifier.classes
-        self._complement = classifier.complement
+    def __init__(self, facts: Facts, folder: Path | None) -> None:
+        self.classes = facts.classes
+        self._complement = list(facts.complement)
         self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
     def __enter__(self) -> "Kepts":
@@ -67,9 +105,9 @@ class Kepts:
         """Bases in the file."""
         return self._file.seek(0, 2) // (2 * len(self.classes))
 
-    def keep(self, logits: Logits) -> None:
-        """Appends logits (l, classes)."""
-        self._file.write(np.rint(STEPS * probabilities(logits)).astype("<u2").tobytes())
+    def keep(self, values: Steps) -> None:
+        """Appends probabilities (l, classes) in STEPS."""
+        self._file.write(values.tobytes())
 
     def cut(self, end: int) -> None:
         """Forgets all bases from `end` on."""
@@ -145,35 +183,116 @@ class BaseTracks(Tracks):
                 yield seq, start + a, start + b, label, float(means[label])
 
 
+class Before:
+    """The rows of a table that is resumed, piece by piece."""
+
+    def __init__(self, rows: Iterator[Row]) -> None:
+        self._rows = rows
+        self._next = next(rows, None)
+
+    def of(self, place: Row, end: int | None) -> list[Row] | None:
+        """The rows of the next piece, which lies at a place and ends there, if that is known; None if some are missing.
+
+        Where the end is not known, that all are there is known from the row that follows.
+        """
+        rows, at, known = list[Row](), place["start"], end is not None
+        while (row := self._next) is not None and all(
+            row[name] == value for name, value in (place | {"start": at}).items()
+        ):
+            rows.append(row)
+            at, self._next = row["end"], next(self._rows, None)
+            if at == end or not row["label"]:
+                return rows
+        if rows and not known and self._next is not None:
+            return rows
+        self._next = None  # nor are those of the pieces that follow
+        return None
+
+
+class _Group(NamedTuple):
+    """Pieces that follow each other in one source, and what is still to come for some of them."""
+
+    pieces: list[Piece]
+    known: list[list[Row]] | None
+    "The rows of each, where all are kept."
+    answers: list[tuple[list[int], Future]]
+    "Places of pieces, and their probabilities; or of a long one what BaseReader.stream gives."
+
+    def done(self) -> bool:
+        """Whether all answers are there."""
+        return all(future.done() for _, future in self.answers)
+
+    def found(self) -> dict[int, Iterable[tuple[str, Steps | None]]]:
+        """For each place what BaseReader.stream gives; waits for it."""
+        if len(self.pieces) == 1 and self.pieces[0].rest is not None:
+            return {place: future.result() for (place,), future in self.answers}
+        answers = ((places, future.result()) for places, future in self.answers)
+        return {i: [("whole", steps)] for places, found in answers for i, steps in zip(places, found, strict=True)}
+
+
 def segmented(
     sources: Sequence[Records | Intervals],
-    classifier: BaseClassifier,
-    strand: Strand,
+    engine: Alone | Together,
     kepts: Kepts,
     tracks: BaseTracks | None,
+    before: Before,
     problems: list[list[str]],
 ) -> Iterator[tuple[int, list[Row]]]:
     """The segments of each record or interval of all sources in order, with the place of the source."""
-    for place, source in enumerate(sources):
+    broken = set[int]()
+
+    def asked() -> Iterator[tuple[int, _Group]]:
+        for place, source in enumerate(sources):
+            groups = _asked(source, engine, before)
+            try:
+                while place not in broken and (group := next(groups, None)) is not None:
+                    yield place, group
+            except LostWorker:
+                raise
+            except InputError as error:
+                problems[place].append(str(error))
+
+    for place, group in in_order(asked(), lambda one: one[1].done(), lambda one: _bases(one[1]), _AHEAD):
         try:
-            for piece, reading, parts in _answered(source, classifier, strand):
-                first = kepts.end
-                for logits in parts or ():
-                    kepts.keep(logits)
-                for _ in piece.rest or ():  # complete the counts
-                    pass
-                row = _placed(piece, classifier.name) | {"reading": reading}
-                if parts is None and row["status"] in ANSWERED:
-                    row |= {"status": "too_long", "note": reading}
-                kept = Kept(first, kepts.end - first, row.get("strand") == "-")
-                rows = [row | {"reading": ""}]
-                if answered := row["status"] in ANSWERED:
-                    rows = [_row(row, classifier.classes, *found) for found in kepts.segments(kept, 0, kept.bases)]
+            for rows in _finished(group, engine.facts, kepts, tracks):
                 yield place, rows
-                if not (answered and tracks is not None and tracks.take(row, kept)):
-                    kepts.cut(first)
-        except InputError as error:
+        except LostWorker:
+            raise
+        except InputError as error:  # of what is read only now
             problems[place].append(str(error))
+            broken.add(place)
+
+
+def _bases(group: _Group) -> int:
+    return sum(piece.describe()["length"] for piece in group.pieces)
+
+
+def _finished(group: _Group, facts: Facts, kepts: Kepts, tracks: BaseTracks | None) -> Iterator[list[Row]]:
+    """The rows of each piece of a group."""
+    found = group.found()
+    for i, piece in enumerate(group.pieces):
+        first, reading, failed = kepts.end, "", False
+        for how, steps in found.get(i, ()):
+            reading, failed = how, steps is None
+            if steps is not None:
+                kepts.keep(steps)
+        for _ in piece.rest or ():  # complete the counts
+            pass
+        row = _placed(piece, facts.name) | {"reading": reading}
+        if group.known is not None:
+            rows = [old | {name: row[name] for name in ("file", "seq", "name", "model")} for old in group.known[i]]
+            rows[-1]["end"] = row["end"]  # what does not fit is told by the table
+            yield rows
+            continue
+        if failed and row["status"] in ANSWERED:
+            row |= {"status": "too_long", "note": reading}
+        kept = Kept(first, kepts.end - first, row.get("strand") == "-")
+        rows = [row | {"reading": ""}]
+        if answered := row["status"] in ANSWERED:
+            rows = [_row(row, facts.classes, *segment) for segment in kepts.segments(kept, 0, kept.bases)]
+        yield rows
+        if not (answered and tracks is not None and tracks.take(row, kept)):
+            kepts.cut(first)
 
 
 def _placed(piece: Piece, model: str) -> Row:
@@ -190,39 +309,49 @@ def _row(row: Row, classes: Sequence[str], start: int, end: int, label: int, mea
     return row | place | {"label": classes[label], "prob": float(means[label])} | scores
 
 
-def _answered(
-    source: Records | Intervals, classifier: BaseClassifier, strand: Strand
-) -> Iterator[tuple[Piece, str, Iterable[Logits] | None]]:
-    """The pieces of a source in order, how each is read, and the logits (c, classes) of its bases, in stretches.
-
-    Of one that cannot be read, why, and None.
-    """
+def _asked(source: Records | Intervals, engine: Alone | Together, before: Before) -> Iterator[_Group]:
+    """The pieces of a source in order, asked about in groups; of a group whose rows are all kept nothing is asked."""
     waiting: list[Piece] = []
     held = 0
 
-    def flush() -> Iterator[tuple[Piece, str, Iterable[Logits]]]:
+    def known(pieces: list[Piece]) -> list[list[Row]] | None:
+        rows = [_before(before, piece) for piece in pieces]
+        return None if None in rows else rows  # pyright: ignore
+
+    def flush() -> _Group:
         nonlocal held
-        fine = [piece.describe()["status"] in ANSWERED for piece in waiting]
-        found = iter(
-            classifier.on_strands([piece.tokens for piece, ok in zip(waiting, fine, strict=True) if ok], strand)
-        )
-        for piece, ok in zip(waiting, fine, strict=True):
-            yield piece, "whole", [next(found)] if ok else []
-        held = 0
+        pieces, held = waiting.copy(), 0
         waiting.clear()
+        if (rows := known(pieces)) is not None:
+            return _Group(pieces, rows, [])
+        fine = [i for i, piece in enumerate(pieces) if piece.describe()["status"] in ANSWERED]
+        batches = engine.batch([pieces[i].tokens for i in fine]) if fine else []
+        return _Group(pieces, None, [([fine[i] for i in places], future) for places, future in batches])
 
     try:
-        for piece in source.pieces(classifier.longest_batched):
+        for piece in source.pieces(engine.facts.longest_batched):
             if piece.rest is None:
                 waiting.append(piece)
                 held += len(piece.tokens)
-                if held >= 8 * classifier.batch_tokens or len(waiting) >= _WAITING:
-                    yield from flush()
+                if held >= 8 * engine.facts.batch_tokens or len(waiting) >= _WAITING:
+                    yield flush()
                 continue
-            yield from flush()
-            parts, reading = classifier.read(piece.rest, strand)
-            yield piece, reading, parts
-    except InputError:
-        yield from flush()  # what was read before the problem
+            if waiting:
+                yield flush()
+            rows = known([piece])
+            yield _Group([piece], rows, [] if rows is not None else [([0], engine.stream(piece.rest))])
+    except LostWorker:
         raise
-    yield from flush()
+    except InputError:
+        if waiting:
+            yield flush()  # what was read before the problem
+        raise
+    if waiting:
+        yield flush()
+
+
+def _before(before: Before, piece: Piece) -> list[Row] | None:
+    """The rows of a piece that are kept, if all of them are."""
+    row = _placed(piece, "")
+    end = None if piece.rest is not None and "record_id" in row else row["end"]  # a record's length comes last
+    return before.of({name: row[name] for name in ("file", "seq", "name", "start")}, end)

@@ -38,6 +38,8 @@ class Facts(NamedTuple):
     targets: Targets
     both_strands: bool
     "Whether it reads the reverse complement, too, and says the same of both."
+    complement: tuple[int, ...] = ()
+    "Of a model that labels bases: for each class that of the same base read on the other strand."
 
 
 class Answer(NamedTuple):
@@ -221,6 +223,11 @@ class BaseClassifier(Classifier):
     def complement(self) -> list[int]:
         """For each class that of the same base read on the other strand."""
         return list(self.model.config.head.complement or range(len(self.classes)))
+
+    @property
+    def facts(self) -> Facts:
+        """As of a Classifier, with the complements."""
+        return super().facts._replace(complement=tuple(self.complement))
 
     def turned(self, logits: Logits) -> Logits:
         """Logits (l, classes) of the same bases as the reverse complement has them."""

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -317,6 +318,57 @@ def test_where_memory_is_short_a_record_is_read_in_windows_or_said_to_be_too_lon
     assert {row["status"] for row in rows[1:]} == {"ok"}
 
 
+@pytest.fixture
+def pieces(tmp_path):
+    """Records that are read in batches and in chunks, bad ones, one name twice; and intervals that touch each other."""
+    texts = [planted(n, i)[0] for i, n in enumerate((300, 90, 120, 260, 100))]
+    names = ["a", "b", "c", "d", "b again"]
+    records = [f">{name}\n{text}\n" for name, text in zip(names, texts, strict=True)]
+    records[2:2] = [">empty\n", ">bad\nACGT!\n", f">long_and_bad\n{'ACGT' * 60}!\n"]
+    (tmp_path / "x.fa").write_text("".join(records))
+    (tmp_path / "y.fa").write_text("".join(records[:2]))
+    places = ["a\t0\t100", "a\t100\t300", "nowhere\t0\t9", "a\t40\t300", "b\t0\t50", "b\t50\t90"]
+    (tmp_path / "x.bed").write_text("".join(f"{place}\tname\t0\t{'+-'[i % 2]}\n" for i, place in enumerate(places)))
+    return tmp_path / "x.fa", {"bed": tmp_path / "x.bed"}
+
+
+@pytest.mark.parametrize("of", ["records", "intervals"])
+def test_segments_stopped_in_or_between_records_go_on_to_the_same_bytes(directed, pieces, tmp_path, of, monkeypatch):
+    options = {"model": directed[False], "device": "cpu", "batch_tokens": 60, "chunk": 150, "strand": "both"}
+    path = pieces[0] if of == "records" else tmp_path / "y.fa"
+    options |= pieces[1] if of == "intervals" else {}
+    assert classify([path], output=tmp_path / "whole.tsv", **options) == 2
+    lines = (tmp_path / "whole.tsv").read_bytes().splitlines(keepends=True)
+    table, read, asked = tmp_path / "o.tsv", BaseClassifier.read, []
+    monkeypatch.setattr(BaseClassifier, "read", lambda self, *given: asked.append(1) or read(self, *given))
+    counts, places = [], [line.split(b"\t")[:3] for line in lines]  # seq, start, end
+    firsts = [i for i in range(2, len(lines)) if places[i][1] != places[i - 1][2]]  # rows of another record
+    for row in sorted(
+        {1, *firsts, *(i - 1 for i in firsts[::2]), *(i + 1 for i in firsts[1::2])} & {*range(len(lines))}
+    ):
+        (tmp_path / "o.tsv.part").write_bytes(b"".join(lines[:row]) + lines[row][:9])
+        shutil.copy(tmp_path / "whole.tsv.json", tmp_path / "o.tsv.part.json")
+        asked.clear()
+        assert classify([path], output=table, resume=True, **options) == 2
+        assert table.read_bytes() == b"".join(lines)
+        counts.append(len(asked))
+        table.unlink()
+    assert counts == sorted(counts, reverse=True)  # the more is kept, the less is read
+    assert counts[0] > 1 >= counts[-1]
+
+
+def test_processes_share_the_records_of_a_model_of_bases(directed, pieces, tmp_path):
+    options = {"model": directed[True], "device": "cpu", "batch_tokens": 110, "chunk": 50, "strand": "both"}
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        assert classify([pieces[0]], output=folder / "o.tsv", track=folder / "t", devices=devices, **options) == 2
+        (folder / "o.tsv.json").unlink()
+    one, two = ({path.name: path.read_bytes() for path in sorted((tmp_path / d).iterdir())} for d in "12")
+    assert len(one) == 5
+    assert one == two
+
+
 def test_codon_usage_finds_genes_and_is_evaluated_and_classified_like_a_network(tmp_path):
     rng = np.random.default_rng(0)
     codons = [a + b + c for a in "ACGT" for b in "ACGT" for c in "ACGT" if a + b + c not in ("TAA", "TAG", "TGA")]
@@ -377,5 +429,7 @@ def test_models_of_bases_and_of_sequences_are_told_apart(directed, model, genome
         evaluate(model, data=genome[0], annotation=[genome[1]])
     with pytest.raises(InputError, match="window is for models of whole sequences"):
         classify([genome[0]], model=directed[False], output=tmp_path / "o.tsv", window=100)
+    with pytest.raises(InputError, match="tracks of every base are made anew; leave out --resume, or --track"):
+        classify([genome[0]], model=directed[False], output=tmp_path / "o.tsv", track=tmp_path / "t", resume=True)
     with pytest.raises(InputError, match="features are CDS, but the model tells a"):
         evaluate(directed[False], data=genome[0], annotation=[genome[1]], features="CDS")
