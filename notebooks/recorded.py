@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from IPython.display import Markdown
 
+_SHOWN = "torch", "triton", "mamba_ssm", "causal-conv1d", "fla-core"
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 
@@ -42,6 +43,36 @@ def recorded(pattern: str) -> list[Record]:
         name = str(path.relative_to(RESULTS).with_suffix(""))
         found.append(Record(name, rows, ", ".join(filter(None, said)) or name))
     return found
+
+
+def measured(name: str) -> list[dict[str, Any]]:
+    """The rows of all files NAME.json; each also has its file, what that says of all, and the fields of its shape."""
+    rows = []
+    for path in sorted(RESULTS.rglob(f"{name}.json")):
+        content = json.loads(path.read_text())
+        content = {"rows": content} if isinstance(content, list) else content
+        about = {"file": path.relative_to(RESULTS.parent.parent).as_posix(), **content, "rows": None}
+        shapes = (row["shape"] if isinstance(row.get("shape"), dict) else {} for row in content["rows"])
+        rows += [{**about, **shape, **row} for shape, row in zip(shapes, content["rows"])]
+    return rows
+
+
+def where(rows: Iterable[Mapping[str, Any]], **fields: Any) -> list[Any]:
+    """The rows with these values; None also means that a row has no such field."""
+    return [row for row in rows if all(row.get(name) == value for name, value in fields.items())]
+
+
+def obtained(*rows: Iterable[Mapping[str, Any]]) -> str:
+    """How measured rows were obtained, a line for each way: file, machine, versions, commit, command, seeds."""
+    ways: dict[tuple[str, ...], set[int]] = {}
+    for row in (row for some in rows for row in some):
+        versions = [f"{name} {version}" for name, version in row["versions"].items() if name in _SHOWN]
+        command = re.sub(r" --seed \d+", "", row.get("command", ""))
+        made = f"commit {row['commit'][:7]}" if "commit" in row else row["date"]
+        way = row["file"], row.get("gpu", "CPU"), ", ".join(versions), made, command and f"`{command}`"
+        ways.setdefault(way, set()).update([row["seed"]] if "seed" in row else [])
+    said = {way: [f"seeds {', '.join(map(str, sorted(seeds)))}"] if seeds else [] for way, seeds in ways.items()}
+    return "\n".join("- " + "; ".join(filter(None, (*way, *seeds))) for way, seeds in said.items())
 
 
 def published(text: str) -> dict[str, dict[str, str]]:
