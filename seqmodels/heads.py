@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -291,7 +292,7 @@ class SequenceClassifier(Model):
         """Scores (n, labels) as numbers in the units of what is predicted, in a regression."""
         if not self.config.head.scale:
             return scores
-        mean, deviation = scores.new_tensor(self.config.head.scale, dtype=_wide_dtype(scores)).T
+        mean, deviation = _constant(self.config.head.scale, _wide_dtype(scores), scores.device).T
         return scores * deviation + mean
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -333,7 +334,7 @@ class SequenceClassifier(Model):
     def _errors(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """Loss (n,) of each sequence from scores (n, labels), 0 where nothing is known, and how much of it is right."""
         head, scores = self.config.head, scores.to(_wide_dtype(scores))
-        weights = scores.new_tensor(head.class_weights) if head.class_weights else None
+        weights = _constant(head.class_weights, scores.dtype, scores.device) if head.class_weights else None
         if head.targets == "single":
             errors = F.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="none")
             if weights is not None:
@@ -345,7 +346,7 @@ class SequenceClassifier(Model):
             errors = F.binary_cross_entropy_with_logits(scores, targets, pos_weight=weights, reduction="none")
             right = (scores.detach() > 0) == (targets > 0.5)
         else:
-            mean, deviation = scores.new_tensor(head.scale).T if head.scale else (0.0, 1.0)
+            mean, deviation = _constant(head.scale, scores.dtype, scores.device).T if head.scale else (0.0, 1.0)
             errors, right = (scores - (targets - mean) / deviation).square(), None
         labels = known.sum(-1).clamp(min=1)
         return (errors * known).sum(-1) / labels, None if right is None else (right & known).sum(-1) / labels
@@ -456,6 +457,13 @@ def _summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | Non
     if weights is None:
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     return (F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none") * weights).sum()
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor, brought to the device once."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

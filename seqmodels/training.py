@@ -51,6 +51,7 @@ from seqmodels.checkpoint import read, read_json, resolve, save
 from seqmodels.config import ModelConfig, to_dict
 from seqmodels.errors import InputError
 from seqmodels.files import make_folder, write_json
+from seqmodels.graphs import GradientGraphs
 from seqmodels.heads import Model, build
 from seqmodels.sequence_parallel import check_shareable, parallelise, split
 
@@ -344,8 +345,14 @@ class _Task(pl.LightningModule):
         self.parts = 1  # into which each batch is cut, since a whole one did not fit into memory
         self.state: Any = None  # that the next batch goes on from, if it is carried; as a list of tensors when loaded
         self.mesh: DeviceMesh | None = None  # readers x processes that share their sequences
+        self.graphs: GradientGraphs | None = None
 
     def setup(self, stage: str) -> None:
+        alone = self.trainer.world_size == 1 and not (
+            self.training_config.carry_state or self.training_config.recompute
+        )
+        if alone and self.trainer.strategy.root_device.type == "cuda":
+            self.graphs = GradientGraphs(self.model)
         readers, shared = self.training_config.readers, self.training_config.sequence_parallel
         if shared > 1:  # neighbours share: the links within a node are the fastest
             device = self.trainer.strategy.root_device.type
@@ -398,15 +405,19 @@ class _Task(pl.LightningModule):
     def _gradients(self, numbers: Sequence[int], batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Adds up the gradients of the mean of the loss over the terms of all batches, and gives the means."""
         trainer, values, shared = self.trainer, dict[str, Tensor](), self.training_config.sequence_parallel
+        if self.graphs is not None and len(batches) == 1 and self.parts == 1:
+            torch.manual_seed(self._seed(numbers[0]))
+            found = self.graphs(batches[0])
+            if found is not None:
+                del found["count"]
+                return found
         cut = [_split(self._own(batch), self.parts) for batch in batches]
         weights = [[self.model.terms(part) for part in parts] for parts in cut]
         mean = trainer.strategy.reduce(sum(map(sum, weights)).float(), reduce_op="mean")  # of a process
         mean = mean.clamp(min=1 / trainer.world_size)
         state = self._state_before(self._own(batches[0]))
         for number, parts, terms in zip(numbers, cut, weights, strict=True):
-            # dropout depends on the batch's number (and the stretch) alone, so that a resumed run repeats it
-            place = number * shared + trainer.global_rank % shared
-            torch.manual_seed(self.training_config.seed * 1_000_003 + place)
+            torch.manual_seed(self._seed(number))
             for part, own in zip(parts, terms, strict=True):
                 share = own / mean
                 if self.training_config.carry_state:
@@ -422,6 +433,11 @@ class _Task(pl.LightningModule):
         del values["count"]
         self.state = state  # only here: a step may be tried again
         return {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in values.items()}
+
+    def _seed(self, number: int) -> int:
+        """Of dropout: it depends on the batch's number (and the stretch) alone, so that a resumed run repeats it."""
+        shared = self.training_config.sequence_parallel
+        return self.training_config.seed * 1_000_003 + number * shared + self.trainer.global_rank % shared
 
     def _own(self, batch: Batch) -> Batch:
         """What this process computes of a batch: its stretch of each sequence, if several share them."""

@@ -1,0 +1,89 @@
+"""Gradients of small batches by CUDA graphs: all kernels of a batch in one launch, where the host is slower than they.
+
+A graph is recorded for each shape of batches that comes again, and replayed for those that follow.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOST_TOKENS = 1 << 18  # of a batch; kernels of longer ones take longer than their launches
+MOST_GRAPHS = 32
+WARM_UP = 3  # batches of a shape that are computed as usual: kernels are compiled, caches filled
+
+Batch = dict[str, Tensor]
+
+
+class GradientGraphs:
+    """Called with a batch, computes the gradients of model.loss(batch) like loss.backward(), and gives what it gave.
+
+    It gives None, and has done nothing, where there is no graph for the batch's shape: the shape is new, the batch is
+    long, or the model waits for the GPU while it computes the loss. `.grad` of the parameters is replaced.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._seen: Counter[tuple] = Counter()
+        self._recorded: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, list[tuple[nn.Parameter, Tensor]], Batch]] = {}
+        self._refused: set[tuple] = set()
+        self._pool: Any = None
+
+    def __call__(self, batch: Batch) -> Batch | None:
+        shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
+        if shape not in self._recorded and not self._record(shape, batch):
+            return None
+        graph, inputs, gradients, values = self._recorded[shape]
+        for name, tensor in batch.items():
+            inputs[name].copy_(tensor)
+        graph.replay()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        return {name: value.clone() for name, value in values.items()}
+
+    def _record(self, shape: tuple, batch: Batch) -> bool:
+        """Whether there is a graph now."""
+        self._seen[shape] += 1
+        full = len(self._recorded) >= MOST_GRAPHS or batch["ids"].numel() > MOST_TOKENS
+        if self._seen[shape] <= WARM_UP or full or shape in self._refused:
+            return False
+        seed, self._pool = torch.cuda.initial_seed(), self._pool or torch.cuda.graph_pool_handle()
+        inputs, graph = {name: tensor.clone() for name, tensor in batch.items()}, torch.cuda.CUDAGraph()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        try:
+            with _no_waiting():
+                self._gradients(inputs)
+            self.model.zero_grad(set_to_none=True)
+            torch.clear_autocast_cache()  # weights are cast within the graph, each time anew
+            with torch.cuda.graph(graph, pool=self._pool):
+                values = self._gradients(inputs)
+        except RuntimeError:  # it waits for the GPU, or there is no memory for a graph beside all else
+            self._refused.add(shape)
+            self.model.zero_grad(set_to_none=True)
+            return False
+        finally:
+            torch.clear_autocast_cache()
+            torch.cuda.manual_seed(seed)
+        gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        self._recorded[shape] = graph, inputs, gradients, values
+        return True
+
+    def _gradients(self, batch: Batch) -> Batch:
+        loss, metrics = self.model.loss(batch)
+        with torch.autocast("cuda", enabled=False):  # gradients have the types of what they belong to
+            loss.backward()
+        return {"loss": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """A context in which waiting for the GPU is an error."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
