@@ -34,7 +34,7 @@ from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
@@ -104,7 +104,8 @@ class TrainingConfig:
     recompute: int = 0
     "Tokens whose activations are kept at a time, the others being computed again going back; 0 keeps all."
     ema_decay: float = 0.0
-    "Decay of the exponential moving average of the weights that is validated and kept; 0 means none."
+    """Decay of the exponential moving average of the weights that is validated and kept; 0 means none. After n steps it
+    is at most (1 + n) / (10 + n), so that the average of a short run does not lag behind."""
     validate_every: int = 200
     "Steps between validations; each also writes a checkpoint to resume from."
     patience: int | None = None
@@ -186,7 +187,7 @@ def fit(
     ]
     callbacks: list[Callback] = [_ReportLines(training.max_steps)]
     if training.ema_decay:
-        callbacks.append(EMAWeightAveraging(decay=training.ema_decay))
+        callbacks.append(_MovingAverage(training.ema_decay))
     if training.patience is not None:
         callbacks.append(EarlyStopping("val_loss", patience=training.patience))
     bar = sys.stderr.isatty()
@@ -582,6 +583,17 @@ def _peak_memory(work: Callable[[], None]) -> int:
 def _available_memory() -> int:
     """Bytes of the GPU's memory that this process can have."""
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+
+
+class _MovingAverage(WeightAveraging):
+    """The exponential moving average of the weights; all of them in a few kernels."""
+
+    def __init__(self, decay: float) -> None:
+        def average(kept: list[Tensor], new: list[Tensor], n: Tensor) -> None:
+            steps = int(n)
+            torch._foreach_lerp_(kept, new, 1 - min(decay, (1 + steps) / (10 + steps)))
+
+        super().__init__(use_buffers=False, multi_avg_fn=average)
 
 
 class _AtomicIO(TorchCheckpointIO):
