@@ -31,6 +31,7 @@ class Model(nn.Module):
     """What the three kinds of model share."""
 
     ranks: Any = None  # sequence_parallel.Ranks, where ranks share each sequence
+    skip_ignored = True  # no logits of ignored targets, of long batches; to count them is to wait for the GPU
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -120,7 +121,9 @@ class LanguageModel(Model):
             batch["ids"], state, batch.get("lengths"), batch.get("seq_idx"), batch.get("conditions")
         )
         weights = batch.get("weights")
-        loss, _, count = _cross_entropy(x, self._weight(), None, batch["targets"], self.ranks, weights)
+        loss, _, count = _cross_entropy(
+            x, self._weight(), None, batch["targets"], self.ranks, weights, skip=self.skip_ignored
+        )
         return loss, {"bits": loss.detach() / math.log(2), "count": count}, state
 
 
@@ -418,26 +421,26 @@ class PositionClassifier(Model):
         """
         x, _ = self.backbone(batch["ids"], None, batch.get("lengths"), batch.get("seq_idx"))
         targets, weights = batch["targets"], batch.get("weights")
-        loss, right, count = _cross_entropy(*self._linear(x), targets, self.ranks, weights)
+        loss, right, count = _cross_entropy(*self._linear(x), targets, self.ranks, weights, skip=self.skip_ignored)
         counted = (targets != IGNORED).sum()
         counted = counted if self.ranks is None else self.ranks.total(counted)
         return loss, {"accuracy": right / counted.clamp(min=1), "count": count}
 
 
 def _cross_entropy(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ranks: Any, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ranks: Any, weights: Tensor | None = None, *,
+    skip: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Mean over targets (b, l) that count (0 where none does) of features (b, l, d); how many are right, and count.
 
-    With weights (b, l) the mean is weighted, and count their sum.
+    With weights (b, l) the mean is weighted, and count their sum. With skip, of many the others get no logits.
     """
     x, targets = x.flatten(0, 1), targets.flatten()
     counted = targets != IGNORED
     weights = None if weights is None else weights.flatten() * counted
     count = counted.sum() if weights is None else weights.sum()
     if len(targets) * len(weight) > LOGITS:
-        asked = counted.nonzero().flatten()
-        if len(asked) < len(targets):  # the others need no logits
+        if skip and len(asked := counted.nonzero().flatten()) < len(targets):
             x, targets = x.index_select(0, asked), targets[asked]
             weights = None if weights is None else weights[asked]
         total, right = _ChunkedCrossEntropy.apply(x, weight, bias, targets, weights)

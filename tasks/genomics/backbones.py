@@ -24,18 +24,15 @@ def choose_backbone(
     strands: Strands | None,
     bidirectional: bool,
     tie_projections: bool,
-    conv_layers: int = 0,
 ) -> BackboneConfig:
     """The layers of `start_from` unless an option describes new ones; `strands` changes either."""
-    described = bidirectional or tie_projections or kmer is not None or bool(conv_layers)
-    described = described or {mixer, d_model, n_layer, d_state} != {None}
+    described = bidirectional or tie_projections or kmer is not None or {mixer, d_model, n_layer, d_state} != {None}
     if start_from is not None and not described:
         backbone = _backbone_of(start_from)
     else:
         layers = 4 if n_layer is None else n_layer
         backbone = _new_backbone(mixer or "mamba2", bidirectional, tie_projections, d_model or 128, layers, d_state)
-        motifs = presets.cnn(backbone.d_model, conv_layers).layers
-        backbone = dataclasses.replace(backbone, kmer=kmer, layers=motifs + backbone.layers)
+        backbone = dataclasses.replace(backbone, kmer=kmer)
     if strands is None:
         return backbone
     both = StrandsConfig(complement_map=COMPLEMENT_MAP, training=strands == "equivariant")

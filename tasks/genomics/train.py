@@ -49,7 +49,6 @@ def train(
     d_model: int | None = None,
     n_layer: int | None = None,
     d_state: int | None = None,
-    conv_layers: int = 0,
     kmer: int = 0,
     kmer_width: int = 16,
     kmer_buckets: int | None = None,
@@ -159,7 +158,6 @@ def train(
         d_model: Width; otherwise 128.
         n_layer: Layers; otherwise 4.
         d_state: State size of mamba and mamba2; otherwise 16 and 128.
-        conv_layers: Convolutions over both sides (9 bases, then further apart), which find motifs, before those layers.
         kmer: Also embed the last so many bases as one word, through a table of 4**kmer words; 0 means no such table.
         kmer_width: Width of that table.
         kmer_buckets: Rows of that table, if fewer: words (of up to 31 bases) are hashed to them.
@@ -272,7 +270,6 @@ def train(
         backbone = choose_backbone(
             start_from, mixer, d_model, n_layer, d_state, strands=strands, bidirectional=bidirectional,
             tie_projections=tie_projections, kmer=kmer_config(kmer, kmer_width, kmer_buckets, kmer_canonical),
-            conv_layers=conv_layers,
         )  # fmt: skip
         config = ModelConfig(
             vocab_size=VOCAB_SIZE,
