@@ -1,7 +1,6 @@
 """`longseq dna embed`: the features of any layer of a model, per record or per base."""
 
 import json
-import os
 import struct
 import sys
 import zipfile
@@ -23,7 +22,7 @@ from seqmodels.checkpoint import choose_device
 from seqmodels.errors import InputError
 from seqmodels.files import replacing
 from seqmodels.sweeps import free_memory, host_bytes, sweepable, two_sweeps, windows
-from seqmodels.table import Row, TableWriter, check_writable, part_of
+from seqmodels.table import Row, check_writable
 from seqmodels.tasks.genomics.inference import (
     MEMORY,
     Alone,
@@ -38,6 +37,7 @@ from seqmodels.tasks.genomics.inference import (
 from seqmodels.tasks.genomics.manifest import Manifest
 from seqmodels.tasks.genomics.pieces import ANSWERED, Records
 from seqmodels.tasks.genomics.tokens import Tokens, pad_right, reverse_complement
+from seqmodels.vectors import VectorWriter
 from seqmodels.workers import LostWorker, dismiss, in_order, with_way_on
 
 Floats = NDArray[np.float32]
@@ -76,7 +76,7 @@ def embed(
 
     Records of any length: models that read in one direction take them in chunks, exactly; those that read in both in
     two sweeps, exactly, or where the main memory does not hold that, in windows of batch_tokens bases with an eighth of
-    them as context on each side. Features wait on the disk, in <output>.part.features, not in memory.
+    them as context on each side. Features wait on the disk, in <output>.part.vectors, not in memory.
 
     Beside the output, <output>.json says how it was made, as for dna classify.
 
@@ -96,7 +96,7 @@ def embed(
         devices: GPUs of this machine (or processes, on a CPU) that share the work, as for dna classify, also under
             torchrun; the file is the same as with one. With --pool none, the features of a record must fit into memory.
         resume: Go on where the same command was stopped or killed: what it has read is in <output>.part and
-            <output>.part.features. Settings, files and weights must be the same.
+            <output>.part.vectors. Settings, files and weights must be the same.
         quiet: No progress on a terminal.
 
     Returns:
@@ -130,7 +130,7 @@ def embed(
             groups = _groups(files, engine, pool, features.kept, problems)
             try:
                 for group in in_order(groups, _Group.done, lambda group: len(group.rows), 16 * _ROWS):
-                    features.add(group)
+                    features.take(group)
                     statuses.update(row["status"] for row in group.rows)
                     bad = (row for row in group.rows if row["status"] not in ANSWERED)
                     first = first or next(("{record_id}, is {status}: {note}".format(**row) for row in bad), "")
@@ -327,55 +327,15 @@ def _groups(files: list[Path], engine: Alone | Together, pool: str, kept: int, p
         yield asked()
 
 
-class _Features(TableWriter):
-    """The rows of records, one JSON line each, and their features (float32) in a file beside; at the end, the output.
-
-    What is kept of an interrupted run are whole rows and the features of these.
-    """
+class _Features(VectorWriter):
+    """Records and their features, of which the output is made when all are there."""
 
     def __init__(self, output: Path, width: int, resume: bool, manifest: Manifest) -> None:
-        super().__init__(output, _COLUMNS, "jsonl", resume=_IDENTITY if resume else (), made=manifest.made)
-        part = part_of(output)
-        self._width, self._kind, self._manifest = width, output.suffix[1:], manifest
-        self._place = part.with_name(f"{part.name}.features")
-        self._given = self._end = 0  # rows, and bytes of features, so far
+        super().__init__(output, _COLUMNS, width, _IDENTITY if resume else (), manifest.made)
+        self._kind, self._manifest = output.suffix[1:], manifest
 
-    def __enter__(self) -> "_Features":
-        super().__enter__()
-        self._features: Any = os.fdopen(os.open(self._place, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        return self
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        try:
-            super().__exit__(kind, *rest)
-        finally:
-            self._features.close()
-            if self._temporary is not None and not self._temporary.exists():
-                self._place.unlink(missing_ok=True)
-
-    def add(self, group: _Group) -> None:
-        """The records of a group, unless they are kept."""
-        end = self._end + 4 * self._width * self._vectors(group.rows)
-        self._given += len(group.rows)
-        try:
-            if self._given > self.kept:
-                self._features.truncate(self._end)
-                if end > self._end:
-                    os.posix_fallocate(self._features.fileno(), self._end, end - self._end)  # zeros
-                self._write(group)
-            elif self._features.seek(0, 2) < end:
-                raise InputError(f"{self._place} lacks features of the rows that are kept; leave out --resume")
-        except OSError as error:
-            raise self._failure(error) from None
-        self._end = end
-        self.write(group.rows)
-
-    def _vectors(self, rows: list[Row]) -> int:
-        """How many vectors of features rows have."""
-        raise NotImplementedError
-
-    def _write(self, group: _Group) -> None:
-        """Writes the features of a group behind those of the others."""
+    def take(self, group: _Group) -> None:
+        """The records of a group; waits for their features, unless these are kept."""
         raise NotImplementedError
 
     def _make(self, path: Path, rows: Iterator[Row]) -> None:
@@ -383,7 +343,6 @@ class _Features(TableWriter):
         raise NotImplementedError
 
     def _publish(self, rows: Path, path: Path) -> None:
-        self._features.flush()
         with replacing(path) as temporary, open(rows, encoding="utf-8") as lines:
             self._make(temporary, map(json.loads, lines))
             self._manifest.forget()
@@ -392,24 +351,20 @@ class _Features(TableWriter):
 class _Means(_Features):
     """One vector per record; NaN for those that cannot be read."""
 
-    def _vectors(self, rows: list[Row]) -> int:
-        return len(rows)
+    def take(self, group: _Group) -> None:
+        def fill(vectors: Floats) -> None:
+            vectors[:] = np.nan
+            for places, future in group.answers:
+                vectors[places] = future.result()
 
-    def _write(self, group: _Group) -> None:
-        found = np.full((len(group.rows), self._width), np.nan, dtype="<f4")
-        for places, future in group.answers:
-            found[places] = future.result()
-        self._features.seek(self._end)
-        self._features.write(found.tobytes())
-        self._features.flush()  # before the rows
+        self.add(group.rows, len(group.rows), fill)
 
     def _make(self, path: Path, rows: Iterator[Row]) -> None:
-        self._features.seek(0)
-        embedding = np.frombuffer(self._features.read(), dtype="<f4").reshape(-1, self._width)
         columns: dict[str, list[Any]] = {"source" if name == "file" else name: [] for name in _COLUMNS}
         for row in rows:
             for column, value in zip(columns.values(), row.values(), strict=True):
                 column.append(value)
+        embedding = self.vectors(0, len(columns["source"]))
         if self._kind == "npz":
             with zipfile.ZipFile(path, "w") as archive:
                 for name, values in {"embedding": embedding, **columns}.items():
@@ -422,24 +377,23 @@ class _Means(_Features):
         else:
             import polars
 
-            polars.DataFrame(columns | {f"e{i}": embedding[:, i] for i in range(self._width)}).write_parquet(path)
+            polars.DataFrame(columns | {f"e{i}": np.array(embedding[:, i]) for i in range(self.width)}).write_parquet(
+                path
+            )
 
 
 class _Bases(_Features):
     """One vector per base of each record that can be read: an array per record."""
 
-    def _vectors(self, rows: list[Row]) -> int:
-        return sum(row["length"] for row in rows if row["status"] in ANSWERED)
+    def take(self, group: _Group) -> None:
+        def fill(vectors: Floats) -> None:
+            at = 0
+            for (place,), future in group.answers:
+                own = vectors[at : (at := at + group.rows[place]["length"])]
+                for start, part in future.result():
+                    own[start : start + len(part)] += part
 
-    def _write(self, group: _Group) -> None:
-        at = self._end
-        for (place,), future in group.answers:
-            shape = (group.rows[place]["length"], self._width)
-            held = np.memmap(self._features, dtype="<f4", mode="r+", offset=at, shape=shape)
-            for start, part in future.result():
-                held[start : start + len(part)] += part
-            held.flush()
-            at += held.nbytes
+        self.add(group.rows, sum(row["length"] for row in group.rows if row["status"] in ANSWERED), fill)
 
     def _make(self, path: Path, rows: Iterator[Row]) -> None:
         numbers = Counter[str]()
@@ -450,18 +404,18 @@ class _Bases(_Features):
                 numbers[name := row["record_id"]] += 1
                 name = name if numbers[name] == 1 else f"{name}#{numbers[name]}"
                 arrays[name] = row["length"], end
-                end += 4 * row["length"] * self._width
+                end += 4 * row["length"] * self.width
         if self._kind == "npz":
             with zipfile.ZipFile(path, "w") as archive:
                 for name, (bases, start) in arrays.items():
                     with _member(archive, name) as member:
-                        header = {"descr": "<f4", "fortran_order": False, "shape": (bases, self._width)}
+                        header = {"descr": "<f4", "fortran_order": False, "shape": (bases, self.width)}
                         np.lib.format.write_array_header_1_0(member, header)
-                        self._copy(member, start, 4 * bases * self._width)
+                        self._copy(member, start, 4 * bases * self.width)
             return
-        size = 4 * self._width
+        size = 4 * self.width
         entries = {
-            name: {"dtype": "F32", "shape": [bases, self._width], "data_offsets": [start, start + size * bases]}
+            name: {"dtype": "F32", "shape": [bases, self.width], "data_offsets": [start, start + size * bases]}
             for name, (bases, start) in arrays.items()
         }
         header = json.dumps(entries).encode()
@@ -471,9 +425,9 @@ class _Bases(_Features):
             self._copy(file, 0, end)
 
     def _copy(self, target: Any, start: int, size: int) -> None:
-        self._features.seek(start)
+        self._vectors.seek(start)
         while size:
-            block = self._features.read(min(_BLOCK, size))
+            block = self._vectors.read(min(_BLOCK, size))
             target.write(block)
             size -= len(block)
 

@@ -157,8 +157,8 @@ def test_other_settings_and_lost_features_are_told(models, fasta, tmp_path, monk
     monkeypatch.undo()
     with pytest.raises(InputError, match="part was made otherwise: layer was -1 and is 0, strand was fwd and is rev"):
         embed([fasta[0]], models["causal"], tmp_path / "o.npz", layer=0, strand="rev", **options)
-    (tmp_path / "o.npz.part.features").write_bytes(b"")
-    with pytest.raises(InputError, match=r"o.npz.part.features lacks features of the rows that are kept"):
+    (tmp_path / "o.npz.part.vectors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"o.npz.part.vectors lacks what belongs to the rows that are kept"):
         embed([fasta[0]], models["causal"], tmp_path / "o.npz", **options)
 
 
