@@ -136,7 +136,8 @@ class _Help(DefaultHelpFormatter):
 class _Parser(ArgumentParser):
     """jsonargparse with what a shell user expects.
 
-    --long-flags with dashes, switches without a value, flags of lists that may be given several times, -o and -n.
+    --long-flags with dashes, switches without a value, flags of lists that may be given several times, -o and -n;
+    --seed for --training.seed, and so on, where no other option has that name.
     """
 
     short: typing.ClassVar = {"--output": "-o", "--number": "-n", "--bed": "--intervals"}
@@ -145,12 +146,18 @@ class _Parser(ArgumentParser):
         """The same words as jsonargparse spells them: --batch_tokens, --include_prompt=true, --output."""
         long = {short: name for name, short in self.short.items()}
         known = {option: action for action in self._actions for option in action.option_strings}
+        inner: dict[str, str] = {}
+        for option in (option for option in known if "." in option):
+            end = f"--{option.rpartition('.')[2]}"
+            inner[end] = end if end in inner else option  # of two with the same end, neither
         result: list[str] = []
         for word in words:
             name, equals, value = long.get(word, word).partition("=")
             if name.startswith("--"):
                 name = name.replace("-", "_").replace("__", "--", 1)
+                name = name if name in known else inner.get(name, name)
                 negated = "--" + name.removeprefix("--no_")
+                negated = negated if negated in known else inner.get(negated, negated)
                 if not equals and self._is_switch(known.get(name)):
                     name, equals, value = name, "=", "true"
                 elif not equals and name.startswith("--no_") and self._is_switch(known.get(negated)):

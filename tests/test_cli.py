@@ -75,6 +75,17 @@ def test_flags_are_what_a_shell_user_types(words, values):
     assert example(**{name: getattr(parsed, name) for name in inspect.signature(example).parameters}) == values
 
 
+def test_options_of_training_need_no_prefix_and_others_keep_their_names():
+    from seqmodels.tasks.genomics.train import train
+
+    words = ["data", "run", "--seed", "3", "--device=cpu", "--resume", "--no-carry-state", "--seeds", "2", "--test"]
+    parser = _parser(train, "example")
+    parsed = parser.instantiate(parser.parse_args(parser.spelled_out(words)))
+    training = parsed.training
+    assert (training.seed, training.device, training.resume, training.carry_state) == (3, "cpu", True, False)
+    assert (parsed.seeds, parsed.test) == (2, True)
+
+
 def test_python_m_seqmodels_is_the_command():
     done = subprocess.run([sys.executable, "-m", "seqmodels", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("longseq 0.")

@@ -120,7 +120,7 @@ def pretrain(
         dropout: Dropout in the layers.
         start_from: A model (name or folder) whose weights are taken over where name and shape agree; its layers, too,
             unless one of the options from mixer to kmer_width (but for strands) says how to build new ones.
-        training: Steps, learning rate and so on.
+        training: Steps, learning rate, --seed, --device, --resume and so on; training. may be left out of their names.
 
     Returns:
         0.

@@ -179,7 +179,7 @@ def train(
             all folds, and equal sequences, of either strand, are in the same one.
         test: Measure each finished model on the data's test split, too; otherwise only on the validation data (or, with
             --folds, on the fold that was held out). The figures are in RUN/results.json.
-        training: Steps, learning rate and so on.
+        training: Steps, learning rate, --seed, --device, --resume and so on; training. may be left out of their names.
 
     Returns:
         0.
