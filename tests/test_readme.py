@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GENOMICS, AUDIO = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("genomics", "audio"))
 CARDS = sorted((ROOT / "seqmodels" / "checkpoints").glob("*/README.md"))
-NOTEBOOKS = [  # the commands in the strings of their code
-    "\n".join(re.findall(r'\\"(longseq [^"\\]+)\\"', path.read_text(encoding="utf-8")))
+NOTEBOOKS = [  # the commands in the strings of their code, as far as nothing is filled in
+    "\n".join(re.findall(r'\\"(longseq [^"\\{}]+)\\"', path.read_text(encoding="utf-8")))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
 ]
 
