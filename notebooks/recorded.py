@@ -69,7 +69,8 @@ def obtained(*rows: Iterable[Mapping[str, Any]]) -> str:
         versions = [f"{name} {version}" for name, version in row["versions"].items() if name in _SHOWN]
         command = re.sub(r" --seed \d+", "", row.get("command", ""))
         made = f"commit {row['commit'][:7]}" if "commit" in row else row["date"]
-        way = row["file"], row.get("gpu", "CPU"), ", ".join(versions), made, command and f"`{command}`"
+        device = row.get("gpu") or row["machine"].get("gpu") or row["machine"]["cpu"]
+        way = row["file"], device, ", ".join(versions), made, command and f"`{command}`"
         ways.setdefault(way, set()).update([row["seed"]] if "seed" in row else [])
     said = {way: [f"seeds {', '.join(map(str, sorted(seeds)))}"] if seeds else [] for way, seeds in ways.items()}
     return "\n".join("- " + "; ".join(filter(None, (*way, *seeds))) for way, seeds in said.items())
