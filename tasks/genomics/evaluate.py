@@ -15,7 +15,7 @@ from seqmodels.config import Targets
 from seqmodels.errors import InputError
 from seqmodels.files import write_json
 from seqmodels.metrics import as_tables, evaluate_any
-from seqmodels.table import Row, TableWriter, check_writable
+from seqmodels.table import Row, TableWriter, check_writable, part_of
 from seqmodels.tasks.genomics.datasets import parse_lengths, spaced_windows, taken
 from seqmodels.tasks.genomics.evaluate_bases import evaluate_bases
 from seqmodels.tasks.genomics.evaluate_bases import shown as bases_shown
@@ -30,11 +30,14 @@ from seqmodels.tasks.genomics.inference import (
     scores_of,
 )
 from seqmodels.tasks.genomics.labelled import LabelledRecords, label_columns, label_ids, load_labelled, read_table
+from seqmodels.tasks.genomics.manifest import Manifest
 from seqmodels.tasks.genomics.pictures import PictureFormat, draw
 from seqmodels.tasks.genomics.tokens import Tokens
+from seqmodels.vectors import VectorWriter
 
 _TABLES = (".tsv", ".tsv.gz", ".txt", ".csv", ".csv.gz", ".jsonl", ".parquet")
 _SCORES = {"p_": "probability", "value_": "number"}
+_PLACE: dict[str, type] = {"record_id": str, "start": int, "end": int, "window": int}
 
 
 def evaluate(
@@ -59,6 +62,7 @@ def evaluate(
     dtype: Dtype = "float32",
     batch_tokens: int | None = None,
     chunk: int | None = None,
+    resume: bool = False,
     quiet: bool = False,
 ) -> int:
     """Evaluate a model on labelled data, or a table of predictions that `longseq dna classify` has written.
@@ -103,6 +107,8 @@ def evaluate(
         dtype: Number format of the weights and activations.
         batch_tokens: Bases per batch; otherwise 65,536 on a CPU, 1,048,576 on a GPU.
         chunk: Longer sequences are read in chunks of so many bases; otherwise 16,384 on a CPU, 1,048,576 on a GPU.
+        resume: Go on where the same command was stopped or killed: what a model has said is in <output>.logits.part (or
+            <predictions>.logits.part). Settings, files and weights must be the same. Not for labels of bases.
         quiet: No progress on a terminal.
 
     Returns:
@@ -111,8 +117,15 @@ def evaluate(
     for path in (output, predictions):
         if path is not None:
             check_writable(path)
+    place = output or predictions
+    if resume and (place is None or annotation is not None or source.endswith(_TABLES)):
+        raise InputError(
+            "only what a model says of whole sequences is kept, and beside a file: give --resume with a model, without "
+            "--annotation, and with --output or --predictions"
+        )
     if windows < 1 or resamples < 0:
         raise InputError(f"windows is {windows} and resamples is {resamples}; give at least 1 and 0")
+    keeping: Any = nullcontext()
     if source.endswith(_TABLES):
         targets, classes, samples = _from_predictions(Path(source), labels)
     else:
@@ -137,27 +150,39 @@ def evaluate(
                 settings = {"resamples": resamples, "seed": seed, "classes": list(base_classifier.classes)}
                 write_json(output, {**report, **settings, "results": [found]})
             return 0
+        logits = None if place is None else place.with_name(f"{place.name}.logits")
+        if resume and place and logits and place.exists() and not part_of(logits).exists():
+            print(f"{place} is there and whole: nothing to resume", file=sys.stderr)
+            return 0
         lengths = parse_lengths(window)
         classifier = Classifier(source, device, dtype, batch_tokens, chunk)
         targets, classes = classifier.targets, classifier.classes
         records = load_labelled(data, labels, split=split, classes=classes, targets=targets)
         if lengths and not records.long:
             raise InputError(f"{data} has short records, which are taken whole; leave --window out")
-        samples = _from_model(classifier, records, lengths, windows, overlap, quiet)
+        if logits is not None:
+            settings = {"split": split, "windows": windows, "overlap": overlap, "window": lengths, "dtype": dtype}
+            settings |= {"device": classifier.device.type, "batch_tokens": classifier.batch_tokens}
+            inputs = [path for path in (data, labels) if path is not None]
+            made = Manifest(logits, source, inputs, settings | {"chunk": classifier.chunk}).made
+            keeping = _Logits(logits, _PLACE, len(classes), [*_PLACE] if resume else (), made)
+        samples = _from_model(classifier, records, lengths, windows, overlap, quiet, keeping if logits else None)
     results = []
-    with TableWriter(predictions, _columns(targets, classes)) if predictions is not None else nullcontext() as table:
-        for of in samples:
-            results.append({"window": of.window, **evaluate_any(targets, *of.pair, resamples=resamples, seed=seed)})
-            print(f"{_what(results[-1])}\n{as_tables(results[-1], classes)}", flush=True)
-            if table is not None:
-                table.write(list(_rows(of, targets, classes)))
-            if pictures is not None:
-                folder = pictures if of.window is None else pictures / f"window-{of.window}"
-                draw(folder, targets, classes, *of.pair, _what(results[-1]), picture_format)
-    if output is not None:
-        settings = {"split": split, "windows": windows, "overlap": overlap, "resamples": resamples, "seed": seed}
-        report = {"source": source, "data": str(data) if data else None, "labels": str(labels) if labels else None}
-        write_json(output, {**report, **settings, "classes": list(classes), "results": results})
+    writer: Any = nullcontext() if predictions is None else TableWriter(predictions, _columns(targets, classes))
+    with keeping:
+        with writer as table:
+            for of in samples:
+                results.append({"window": of.window, **evaluate_any(targets, *of.pair, resamples=resamples, seed=seed)})
+                print(f"{_what(results[-1])}\n{as_tables(results[-1], classes)}", flush=True)
+                if table is not None:
+                    table.write(list(_rows(of, targets, classes)))
+                if pictures is not None:
+                    folder = pictures if of.window is None else pictures / f"window-{of.window}"
+                    draw(folder, targets, classes, *of.pair, _what(results[-1]), picture_format)
+        if output is not None:
+            settings = {"split": split, "windows": windows, "overlap": overlap, "resamples": resamples, "seed": seed}
+            report = {"source": source, "data": str(data) if data else None, "labels": str(labels) if labels else None}
+            write_json(output, {**report, **settings, "classes": list(classes), "results": results})
     return 0
 
 
@@ -189,35 +214,56 @@ def measure(model: Path, records: LabelledRecords, lengths: list[int], device: s
 
 
 def _from_model(
-    classifier: Classifier, records: LabelledRecords, lengths: list[int], windows: int, overlap: bool, quiet: bool
-) -> Iterator[Samples]:
-    """What the model says, for each length of windows."""
+    classifier: Classifier, records: LabelledRecords, lengths: list[int], windows: int, overlap: bool, quiet: bool,
+    kept: "_Logits | None" = None,
+) -> Iterator[Samples]:  # fmt: skip
+    """What the model says, for each length of windows; if it is kept somewhere, what is kept already."""
     whole = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(records.tokens)]
     for length in lengths or [None]:
         places = whole if length is None else spaced_windows(records, whole, length, windows, overlap=overlap)
         sequences, targets = taken(records, places)
-        scores = scores_of(_logits(classifier, sequences, quiet), classifier.targets)
         names = [records.names[place.record] for place in places]
+        rows = [{"record_id": name, "start": place.start, "end": place.end, "window": length}
+                for name, place in zip(names, places, strict=True)]  # fmt: skip
+        scores = scores_of(_logits(classifier, sequences, rows, quiet, kept), classifier.targets)
         yield Samples(length, names, [(place.start, place.end) for place in places], targets, scores)
 
 
-def _logits(classifier: Classifier, sequences: list[Tokens], quiet: bool) -> Logits:
-    """Logits (n, classes): short sequences in batches, long ones in chunks."""
+class _Logits(VectorWriter):
+    """What a model has said of samples, until all is measured."""
+
+    def _publish(self, rows: Path, path: Path) -> None:
+        pass
+
+
+def _logits(
+    classifier: Classifier, sequences: list[Tokens], rows: list[Row], quiet: bool, kept: _Logits | None
+) -> Logits:
+    """Logits (n, classes) of samples with their rows: short sequences in batches, long ones in chunks."""
     logits = np.zeros((len(sequences), len(classifier.classes)), dtype=np.float32)
     limit = classifier.longest_batched
     short = [i for i, s in enumerate(sequences) if len(s) <= limit]
-    progress = tqdm(total=len(sequences), unit="sequence", disable=quiet or not sys.stderr.isatty())
-    with progress:
-        for start in range(0, len(short), 1024):
-            places = short[start : start + 1024]
-            logits[places] = classifier.batch([sequences[i] for i in places])
+    blocks = [short[start : start + 1024] for start in range(0, len(short), 1024)]
+    blocks += [[i] for i, s in enumerate(sequences) if len(s) > limit]
+
+    def read(found: Logits) -> None:
+        if len(own[0]) <= limit:
+            found[:] = classifier.batch(own)
+            return
+        answer = classifier.stream(own[0:1])
+        assert answer.logits is not None  # only a reading that is asked for can fail
+        found[:] = answer.logits
+
+    with tqdm(total=len(sequences), unit="sequence", disable=quiet or not sys.stderr.isatty()) as progress:
+        for places in blocks:
+            own = [sequences[i] for i in places]
+            found = np.zeros((len(places), logits.shape[1]), dtype=np.float32)
+            if kept is None:
+                read(found)
+            else:
+                found = kept.add([rows[i] for i in places], len(places), read)
+            logits[places] = found
             progress.update(len(places))
-        for i, sequence in enumerate(sequences):
-            if len(sequence) > limit:
-                answer = classifier.stream([sequence])
-                assert answer.logits is not None  # only a reading that is asked for can fail
-                logits[i] = answer.logits
-                progress.update()
     return logits
 
 
@@ -281,7 +327,7 @@ def _read_predictions(path: Path) -> dict[str, list[Any]]:
 
 def _columns(targets: Targets, classes: tuple[str, ...]) -> dict[str, type]:
     """Of a table of predictions."""
-    columns: dict[str, type] = {"record_id": str, "start": int, "end": int, "window": int}
+    columns = dict(_PLACE)
     if targets == "single":
         columns |= {"true": str}
     else:

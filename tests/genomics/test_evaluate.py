@@ -12,6 +12,7 @@ from seqmodels.metrics import evaluate_any, evaluate_scores
 from seqmodels.tasks.genomics import pictures
 from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.evaluate import evaluate
+from seqmodels.tasks.genomics.inference import Classifier
 from seqmodels.tasks.genomics.pictures import draw
 from seqmodels.tasks.genomics.tokens import encode
 
@@ -95,6 +96,55 @@ def test_windows_of_every_length_are_balanced(tmp_path, model):
     assert "low" not in result(output)[0]["metrics"]["mcc"]
     evaluate(model, tmp_path, output=output, device="cpu")
     assert (result(output)[0]["window"], result(output)[0]["n"]) == (None, 2)
+
+
+def test_an_evaluation_stopped_anywhere_goes_on_to_the_same_bytes(tmp_path, model, monkeypatch, capsys):
+    long_records(tmp_path)
+    options = {"window": "50,200", "windows": 4, "resamples": 10, "device": "cpu", "chunk": 64}
+
+    def run(name, **more):
+        options_ = {**options, "output": tmp_path / f"{name}.json", "predictions": tmp_path / f"{name}.tsv", **more}
+        assert evaluate(model, tmp_path, **options_) == 0
+        return [(tmp_path / f"{name}{suffix}").read_bytes() for suffix in (".json", ".tsv")]
+
+    whole, calls = run("whole"), []
+    batch, stream = Classifier.batch, Classifier.stream  # of 50 bases at once, of 200 one by one
+
+    def stopping(function, after):
+        def stopped(self, given):
+            calls.append(given)
+            if len(calls) == after:
+                raise KeyboardInterrupt
+            return function(self, given)
+
+        return stopped
+
+    def patched(patch, after):
+        calls.clear()
+        patch.setattr(Classifier, "batch", stopping(batch, after))
+        patch.setattr(Classifier, "stream", stopping(stream, after))
+
+    for after in (1, 2, 7):
+        with monkeypatch.context() as patch:
+            patched(patch, after)
+            with pytest.raises(KeyboardInterrupt):
+                run(after)
+            assert not (tmp_path / f"{after}.json").exists()
+            patched(patch, 0)
+            assert run(after, resume=True) == whole
+        assert len(calls) == 8 - after  # what has been read is not read again
+        assert not list(tmp_path.glob("*logits*"))
+    with monkeypatch.context() as patch:
+        patched(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            run("other")
+    with pytest.raises(InputError, match="windows was 4 and is 3"):
+        run("other", resume=True, windows=3)
+    assert evaluate(model, tmp_path, **options, output=tmp_path / "7.json", resume=True) == 0
+    assert "nothing to resume" in capsys.readouterr().err
+    for more in ({}, {"annotation": [tmp_path / "x.bed"], "output": tmp_path / "o.json"}):
+        with pytest.raises(InputError, match="without --annotation, and with --output or --predictions"):
+            evaluate(model, tmp_path, **options, **more, resume=True)
 
 
 def test_windows_in_chunks_give_the_same_metrics(tmp_path, model):
