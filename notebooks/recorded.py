@@ -18,43 +18,33 @@ class Record(NamedTuple):
     name: str
     "Of the file below benchmarks/results, without .json."
     rows: list[dict[str, Any]]
-    "One per measurement."
-    origin: str
-    "Commands, machine, date and last commit, as far as the file says them."
+    "One per measurement, as of `measured`."
+
+    @property
+    def origin(self) -> str:
+        """How the rows were obtained, in one line."""
+        return "; and ".join(_ways(self.rows))
 
 
 def recorded(pattern: str) -> list[Record]:
-    """The files below benchmarks/results whose path fits, such as gue-*.json or */generate.json; none may be there.
-
-    They are what the programs of benchmarks/ write, or what `evaluate -o` does.
-    """
-    found = []
-    for path in sorted(RESULTS.glob(pattern)):
-        content = json.loads(path.read_text())
-        if isinstance(content, list):  # rows that say themselves where they are from
-            rows, about = content, content[-1]
-        else:
-            rows, about = content.get("rows", content.get("results", [content])), content
-        machine = about.get("machine", about)
-        commands = {f"`{one['command']}`": None for one in (about, *rows) if "command" in one}
-        device = machine.get("gpu", "cpu")
-        said = [*commands, machine.get("cpu") if device == "cpu" else device, about.get("date")]
-        said.append(f"commit {about['commit'][:7]}" if "commit" in about else None)
-        name = str(path.relative_to(RESULTS).with_suffix(""))
-        found.append(Record(name, rows, ", ".join(filter(None, said)) or name))
-    return found
+    """The files below benchmarks/results whose path fits, such as gue-*.json or */generate.json; none may be there."""
+    paths = sorted(RESULTS.glob(pattern))
+    return [Record(path.relative_to(RESULTS).with_suffix("").as_posix(), _rows(path)) for path in paths]
 
 
 def measured(name: str) -> list[dict[str, Any]]:
     """The rows of all files NAME.json; each also has its file, what that says of all, and the fields of its shape."""
-    rows = []
-    for path in sorted(RESULTS.rglob(f"{name}.json")):
-        content = json.loads(path.read_text())
-        content = {"rows": content} if isinstance(content, list) else content
-        about = {"file": path.relative_to(RESULTS.parent.parent).as_posix(), **content, "rows": None}
-        shapes = (row["shape"] if isinstance(row.get("shape"), dict) else {} for row in content["rows"])
-        rows += [{**about, **shape, **row} for shape, row in zip(shapes, content["rows"])]
-    return rows
+    return [row for path in sorted(RESULTS.rglob(f"{name}.json")) for row in _rows(path)]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Of a file that a program of benchmarks/ has written, or `evaluate -o`."""
+    content = json.loads(path.read_text())
+    content = {"rows": content} if isinstance(content, list) else content
+    rows = content.get("rows") or content.get("results") or [content]
+    about = {"file": path.relative_to(RESULTS.parent.parent).as_posix(), **content, "rows": None, "results": None}
+    shapes = (row["shape"] if isinstance(row.get("shape"), dict) else {} for row in rows)
+    return [{**about, **shape, **row} for shape, row in zip(shapes, rows)]
 
 
 def where(rows: Iterable[Mapping[str, Any]], **fields: Any) -> list[Any]:
@@ -64,16 +54,21 @@ def where(rows: Iterable[Mapping[str, Any]], **fields: Any) -> list[Any]:
 
 def obtained(*rows: Iterable[Mapping[str, Any]]) -> str:
     """How measured rows were obtained, a line for each way: file, machine, versions, commit, command, seeds."""
+    return "\n".join(f"- {way}" for way in _ways(row for some in rows for row in some))
+
+
+def _ways(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     ways: dict[tuple[str, ...], set[int]] = {}
-    for row in (row for some in rows for row in some):
-        versions = [f"{name} {version}" for name, version in row["versions"].items() if name in _SHOWN]
+    for row in rows:
+        versions = [f"{name} {version}" for name, version in row.get("versions", {}).items() if name in _SHOWN]
         command = re.sub(r" --seed \d+", "", row.get("command", ""))
-        made = f"commit {row['commit'][:7]}" if "commit" in row else row["date"]
-        device = row.get("gpu") or row["machine"].get("gpu") or row["machine"]["cpu"]
+        made = f"commit {row['commit'][:7]}" if "commit" in row else row.get("date", "")
+        machine = row.get("machine", {})
+        device = row.get("gpu") or machine.get("gpu") or machine.get("cpu", "")
         way = row["file"], device, ", ".join(versions), made, command and f"`{command}`"
         ways.setdefault(way, set()).update([row["seed"]] if "seed" in row else [])
     said = {way: [f"seeds {', '.join(map(str, sorted(seeds)))}"] if seeds else [] for way, seeds in ways.items()}
-    return "\n".join("- " + "; ".join(filter(None, (*way, *seeds))) for way, seeds in said.items())
+    return ["; ".join(filter(None, (*way, *seeds))) for way, seeds in said.items()]
 
 
 def published(text: str) -> dict[str, dict[str, str]]:
