@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -133,7 +134,9 @@ class Classifier:
         windows otherwise, unless `reading` says which.
         """
         if self.causal:
-            return Answer(self._in_chunks(chunks), "chunks")
+            states = self._in_chunks(chunks, lambda ids, state: (self.model.read(ids, state),) * 2)
+            (state,) = deque(states, maxlen=1)
+            return Answer(self._logits(state), "chunks")
         features, reading = self._features(chunks)
         if features is None:
             return Answer(None, "", reading)
@@ -177,31 +180,25 @@ class Classifier:
     def _joined(self, parts: list[Any]) -> Any:
         return np.concatenate(parts)
 
-    def _in_chunks(self, chunks: Iterable[Tokens]) -> Logits:
-        """A chunk is fetched while the one before it is computed."""
+    @torch.inference_mode()
+    def _in_chunks(self, chunks: Iterable[Tokens], step: Callable[[torch.Tensor, Any], tuple[Any, Any]]) -> Iterator:
+        """What `step` of the ids (1, c) of a chunk and the state before it says, beside the state after it.
+
+        A chunk is fetched while the one before it is computed, and read in halves if it does not fit into memory.
+        """
         state = None
         for tokens in _one_ahead(_rechunked(chunks, self.chunk)):
-            state = self._read(tokens, state)
-        return self._logits(state)
-
-    def _read(self, tokens: Tokens, state: Any) -> Any:
-        """The state after a chunk, which is read in halves if it does not fit into memory."""
-        half = len(tokens) // 2
-        if len(tokens) <= self.chunk:
-            with suppress(torch.OutOfMemoryError):
-                return self.model.read(self._ids(tokens), state)
-            self._shorten(half)
-        return self._read(tokens[half:], self._read(tokens[:half], state))
-
-    def _ids(self, tokens: Tokens) -> torch.Tensor:
-        return torch.from_numpy(tokens).to(self.device).long()[None]
-
-    def _shorten(self, chunk: int) -> None:
-        """From now on chunks have so many bases, since more did not fit into memory."""
-        if not chunk:
-            raise InputError("not even one base fits into memory beside the model; use another --device")
-        self.chunk = chunk
-        print(f"out of memory: chunks have {chunk} bases from now on", file=sys.stderr)
+            while len(tokens):
+                part = tokens[: self.chunk]
+                with suppress(torch.OutOfMemoryError):
+                    said, state = step(torch.from_numpy(part).to(self.device).long()[None], state)
+                    tokens = tokens[len(part) :]
+                    yield said
+                    continue
+                self.chunk = len(part) // 2
+                if not self.chunk:
+                    raise InputError("not even one base fits into memory beside the model; use another --device")
+                print(f"out of memory: chunks have {self.chunk} bases from now on", file=sys.stderr)
 
     def _logits(self, state: Any) -> Logits:
         return self.model.classify(state)[0].float().cpu().numpy()
@@ -270,7 +267,7 @@ class BaseClassifier(Classifier):
             return iter(self.batch([np.concatenate(held)])), "whole"
         parts = chain(held, parts)
         if self.causal:
-            return self._logits_in_chunks(parts), "chunks"
+            return (logits[0].float().cpu().numpy() for logits in self._in_chunks(parts, self.model)), "chunks"
         features, reading = self._features(parts)
         return (None if features is None else self._logits_of(features)), reading
 
@@ -289,19 +286,6 @@ class BaseClassifier(Classifier):
 
     def _joined(self, parts: list[Any]) -> Any:
         return list(chain(*parts))
-
-    @torch.inference_mode()
-    def _logits_in_chunks(self, chunks: Iterable[Tokens]) -> Iterator[Logits]:
-        state = None
-        for tokens in _one_ahead(_rechunked(chunks, self.chunk)):
-            while len(tokens):
-                part = tokens[: self.chunk]
-                with suppress(torch.OutOfMemoryError):
-                    logits, state = self.model(self._ids(part), state)
-                    tokens = tokens[len(part) :]
-                    yield logits[0].float().cpu().numpy()
-                    continue
-                self._shorten(len(part) // 2)
 
     @torch.inference_mode()
     def _logits_of(self, features: Iterator[torch.Tensor]) -> Iterator[Logits]:
