@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=(64, 128, 256, 512), help="at the first context")
     parser.add_argument("--contexts", type=int, nargs="+", default=(1024, 8192, 65536))
     parser.add_argument("--context-width", type=int, default=256, help="width at the other contexts")
-    parser.add_argument("--tokens", type=int, default=1 << 24, help="bases that Mamba-2 is trained on")
+    parser.add_argument("--tokens", type=int, default=3 << 22, help="bases that Mamba-2 is trained on")
     parser.add_argument("--step", type=int, default=1 << 16, help="bases per step")
     parser.add_argument("--validated", type=int, default=1 << 20, help="bases of the held-out genome")
     parser.add_argument("--seed", type=int, default=0)
