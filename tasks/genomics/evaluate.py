@@ -98,8 +98,9 @@ def evaluate(
         output: JSON file for the results, with the intervals of each class, too.
         predictions: Table to write, a row per sample: record_id, start and end (from 0, end excluded), window, what is
             true, and what is predicted, as dna classify has it (.tsv, .csv, .jsonl, .parquet).
-        pictures: Folder to draw into: ROC and precision-recall curves of each class, calibration, confusion matrix; of
-            a model of numbers true against predicted ones. Each length of windows has its own folder in it.
+        pictures: Folder to draw into: ROC and precision-recall curves of each class, calibration, confusion matrix (of
+            samples, or with --annotation of bases); of a model of numbers true against predicted ones. Each length of
+            windows has its own folder in it.
         picture_format: png, svg or pdf.
         resamples: Bootstrap resamples.
         seed: Seed of the bootstrap.
@@ -134,14 +135,12 @@ def evaluate(
         if labels_bases(source) or annotation is not None:
             if annotation is None:
                 raise InputError(f"model {source} labels bases; name the --annotation of {data}")
-            if predictions is not None or pictures is not None:
-                raise InputError(
-                    "predictions and pictures are of whole sequences; see the tracks of dna classify for bases"
-                )
+            if predictions is not None:
+                raise InputError("predictions are of whole sequences; see the tracks of dna classify for bases")
             base_classifier = BaseClassifier(source, device, dtype, batch_tokens, chunk)
             found = evaluate_bases(
                 base_classifier, data, annotation, features, within=within, region=region or (),
-                resamples=resamples, seed=seed, quiet=quiet,
+                resamples=resamples, seed=seed, pictures=pictures, picture_format=picture_format, quiet=quiet,
             )  # fmt: skip
             print(bases_shown(found, base_classifier.classes), flush=True)
             if output is not None:

@@ -24,6 +24,7 @@ from seqmodels.metrics import mcc_of
 from seqmodels.tasks.genomics.annotation import BACKGROUND
 from seqmodels.tasks.genomics.bases import LabelledBases, load_bases
 from seqmodels.tasks.genomics.inference import BaseClassifier
+from seqmodels.tasks.genomics.pictures import Column, PictureFormat, draw_curves
 
 Floats = NDArray[np.float64]
 BLOCK = 10_000
@@ -43,9 +44,11 @@ def evaluate_bases(
     region: Sequence[str],
     resamples: int,
     seed: int,
+    pictures: Path | None,
+    picture_format: PictureFormat,
     quiet: bool,
 ) -> dict[str, Any]:
-    """The results of a model on the records of FASTA files (or regions of them), as BaseTally gives them."""
+    """The results of a model on the records of FASTA files (or regions of them), as BaseTally gives them, and drawn."""
     stranded = classifier.complement != list(range(len(classifier.classes)))
     named = {name[:-1] if stranded else name for name in classifier.classes if name != BACKGROUND}
     if features is None and len(named) > 1:
@@ -59,7 +62,10 @@ def evaluate_bases(
     records = load_bases(data, annotation, features, stranded=stranded, within=within, region=",".join(region))
     for note in records.labels.notes:
         print(f"longseq: {note}", file=sys.stderr)
-    return tally(classifier, records, quiet).results(resamples=resamples, seed=seed)
+    counts = tally(classifier, records, quiet)
+    if pictures is not None:
+        draw_curves(pictures, counts.columns(), counts.confusion, f"{counts.bases} bases", "bases", picture_format)
+    return counts.results(resamples=resamples, seed=seed)
 
 
 def measure_bases(model: Path, records: LabelledBases, device: str) -> dict[str, Any]:
@@ -121,6 +127,20 @@ class BaseTally:
         """Labelled bases so far."""
         return int(np.sum(self._blocks))
 
+    @property
+    def confusion(self) -> NDArray[np.int64]:
+        """Bases (true, predicted) by class."""
+        return np.sum(self._blocks, axis=0)
+
+    def columns(self) -> list[Column]:
+        """For each class, how many bases of it, and of the others, have which probability."""
+        odds = (np.arange(self._histogram.shape[2]) + 0.5) / _STEPS - _REACH
+        found = []
+        for name, counts in zip(self.classes, self._histogram, strict=True):
+            true, bins = np.nonzero(counts)
+            found.append(Column(name, true == 1, 1 / (1 + np.exp(-odds[bins])), counts[true, bins]))
+        return found
+
     def end_stretch(self) -> None:
         """What comes next is no neighbour of what has come."""
         self._room = 0
@@ -167,7 +187,7 @@ class BaseTally:
                 metrics[name] |= {"low": low, "high": high}
         areas = self._areas()
         metrics |= {f"{name} auroc": {"value": area} for name, area in zip(self.classes, areas, strict=True)}
-        confusion = blocks.sum(0).astype(np.int64)
+        confusion = self.confusion
         bases = dict(zip(self.classes, confusion.sum(1).tolist(), strict=True))
         return {"n": int(confusion.sum()), "metrics": metrics, "confusion": confusion.tolist(), "bases": bases}
 

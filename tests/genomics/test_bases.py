@@ -15,6 +15,7 @@ import seqmodels
 from seqmodels import presets
 from seqmodels.config import HeadConfig, ModelConfig, StrandsConfig
 from seqmodels.errors import InputError
+from seqmodels.tasks.genomics import evaluate_bases
 from seqmodels.tasks.genomics.bases import BaseData, cut_validation, load_bases, split_bases
 from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.datasets import Augmentation
@@ -80,9 +81,18 @@ def test_a_planted_pattern_and_its_strand_are_learnt(run):
     assert {row["metric"] for row in results["summary"]} >= {"accuracy", "mcc", "gene+ f1", "gene- auroc"}
 
 
-def test_evaluation_is_that_of_scikit_learn_on_every_base(run, genome, tmp_path, capsys):
+def test_evaluation_and_its_pictures_are_those_of_scikit_learn_on_every_base(
+    run, genome, tmp_path, capsys, monkeypatch
+):
     arguments = {"data": genome[0], "annotation": [genome[1]], "region": ["two,one:1-1,500"], "device": "cpu"}
-    assert evaluate(str(run / "model"), **arguments, output=tmp_path / "e.json") == 0
+    drawn, draw = [], evaluate_bases.draw_curves
+    monkeypatch.setattr(evaluate_bases, "draw_curves", lambda *given: (drawn.append(given), draw(*given)))
+    options = {"output": tmp_path / "e.json", "pictures": tmp_path / "e", "picture_format": "svg"}
+    assert evaluate(str(run / "model"), **arguments, **options) == 0
+    names = {"roc.svg", "precision-recall.svg", "calibration.svg", "confusion.svg"}
+    assert {path.name for path in (tmp_path / "e").iterdir()} == names
+    ((_, columns, confusion, title, unit, _),) = drawn
+    assert (title, unit) == ("3498 bases", "bases")
     (found,) = json.loads((tmp_path / "e.json").read_text())["results"]
     records = load_bases(genome[0], [genome[1]], "gene", stranded=True, region="two,one:1-1,500")
     assert records.names == ["two:1-2000", "one:1-1500"]
@@ -91,7 +101,7 @@ def test_evaluation_is_that_of_scikit_learn_on_every_base(run, genome, tmp_path,
     scores, labels = probabilities(np.concatenate(classifier.batch(list(tokens)))), np.concatenate(labels)
     scores, labels = scores[labels >= 0], labels[labels >= 0]
     said, values = scores.argmax(1), {name: value["value"] for name, value in found["metrics"].items()}
-    assert found["confusion"] == sk.confusion_matrix(labels, said).tolist()
+    assert found["confusion"] == confusion.tolist() == sk.confusion_matrix(labels, said).tolist()
     assert values["accuracy"] == pytest.approx(sk.accuracy_score(labels, said))
     assert values["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(labels, said))
     assert values["macro_f1"] == pytest.approx(sk.f1_score(labels, said, average="macro"))
@@ -103,6 +113,11 @@ def test_evaluation_is_that_of_scikit_learn_on_every_base(run, genome, tmp_path,
             assert values[f"{name} {metric}"] == pytest.approx(of(true, claimed))
         assert values[f"{name} auroc"] == pytest.approx(sk.roc_auc_score(true, scores[:, i]), abs=1e-5)
         assert found["bases"][name] == true.sum()
+        drawn_of = columns[i]
+        assert (drawn_of.name, drawn_of.counts[drawn_of.true].sum()) == (name, true.sum())
+        for area in (sk.roc_auc_score, sk.average_precision_score):
+            shown = area(drawn_of.true, drawn_of.said, sample_weight=drawn_of.counts)
+            assert shown == pytest.approx(area(true, scores[:, i]), abs=1e-4)
     assert "gene+" in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from sklearn.calibration import calibration_curve
 
 import seqmodels
 from seqmodels.errors import InputError
@@ -231,12 +232,19 @@ def test_curves_have_the_areas_of_the_table_in_their_legend_and_confusion_the_co
     targets = np.array([0, 0, 1, 1, 2, 2, 0, 1])
     scores = np.random.default_rng(1).dirichlet(np.ones(3), 8)
     metrics = evaluate_scores(targets, scores, resamples=0)
-    for maker, name, short in ((pictures._roc, "auroc", "AUC"), (pictures._precision_recall, "auprc", "AP")):
-        maker(figure := Figure(), ("x", "y", "z"), targets, scores)
+    drawn = {}
+    monkeypatch.setattr(pictures, "_write", lambda folder, makers, *_: drawn.update(makers))
+    draw("folder", "single", ("x", "y", "z"), targets, scores, "eight")
+    for picture, name, short in (("roc", "auroc", "AUC"), ("precision-recall", "auprc", "AP")):
+        drawn[picture](figure := Figure())
         told = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         areas = [own[name]["value"] for own in metrics["per_class"]]
         assert told == [f"{c} ({short} = {area:.2f})" for c, area in zip("xyz", areas, strict=True)]
-    pictures._confusion(figure := Figure(), ("x", "y", "z"), targets, scores)
+    drawn["calibration"](figure := Figure())
+    curve = figure.axes[0].get_lines()[1]
+    part, said = calibration_curve(targets == 0, scores[:, 0], n_bins=10)
+    np.testing.assert_allclose(curve.get_xydata(), np.stack([said, part], 1))
+    drawn["confusion"](figure := Figure())
     counts, parts = ([float(text.get_text()) for text in axes.texts] for axes in figure.axes)
     confusion = np.array(metrics["confusion"])
     assert counts == confusion.ravel().tolist()
