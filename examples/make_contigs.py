@@ -1,8 +1,10 @@
-"""Makes contigs.fa.gz: simulated contigs of five species of bacteria, with no sequence copied from any genome.
+"""Makes contigs.fa.gz: simulated contigs of five species of bacteria, not pieces of any genome.
 
-Each contig is drawn from a Markov chain of order 8 whose statistics are those of one species' training chromosome,
-both strands counted, so that a classifier of composition has something to find. Some bases are set in lower case and
-some runs to N and to codes such as R, as in real assemblies. Run it with the folder of data in LONGSEQ_DATA:
+Each contig is drawn from a Markov chain of order 11 whose statistics are those of one species' training chromosome,
+both strands counted, so that a classifier of words has something to find. A context occurs about twice in a genome, so
+that the chain seldom follows one place for long: 2 % of its windows of 20 bases are in the chromosome. Some bases are
+set in lower case and some runs to N and to codes such as R, as in real assemblies. Run it with the folder of data in
+LONGSEQ_DATA:
 
     LONGSEQ_DATA=... python examples/make_contigs.py
 """
@@ -17,15 +19,16 @@ from numpy.typing import NDArray
 from seqmodels.tasks.genomics.labelled import load_labelled
 from seqmodels.tasks.genomics.tokens import A, T, decode, reverse_complement
 
-ORDER = 8
+ORDER = 11
+UNSEEN = 0.02  # count of what never follows a context
 LENGTHS = (2_000, 5_000, 10_000, 20_000, 40_000, 60_000)
 CONTIGS = 12
 SEED = 1
 
 
 def transitions(strands: list[NDArray[np.uint8]]) -> NDArray[np.float64]:
-    """Cumulative probabilities (4**ORDER, 4) of the base after each ORDER bases, add-one."""
-    counts = np.ones((4**ORDER, 4))
+    """Cumulative probabilities (4**ORDER, 4) of the base after each ORDER bases."""
+    counts = np.full((4**ORDER, 4), UNSEEN)
     for tokens in strands:
         known = (tokens >= A) & (tokens <= T)
         bases = np.where(known, tokens - A, 0).astype(np.int64)

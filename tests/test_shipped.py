@@ -13,7 +13,7 @@ from seqmodels.cli import main
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize(("name", "megabytes"), [("enterobacteria", 4), ("spoken-digits", 12)])
+@pytest.mark.parametrize(("name", "megabytes"), [("enterobacteria", 12), ("spoken-digits", 12)])
 def test_a_shipped_model_is_small_and_has_a_card(name, megabytes):
     folder = SHIPPED / name
     assert (folder / "model.safetensors").stat().st_size <= megabytes * 1e6
@@ -29,7 +29,7 @@ def test_the_example_contigs_get_their_species(tmp_path):
         rows = list(csv.DictReader(file, delimiter="\t"))
     right = [row["label"].replace(" ", "_") in row["record_id"] for row in rows]
     assert len(rows) == 12
-    assert sum(right) >= 10  # sister species of Klebsiella may be confused; chance would give 2 or 3
+    assert all(right)
 
 
 @torch.no_grad()

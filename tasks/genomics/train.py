@@ -66,13 +66,15 @@ def train(
 ) -> int:
     """Train a classifier of DNA sequences and write it to the folder RUN/model.
 
-    The shipped model of enterobacteria was made in two runs: 8-mers alone, then with two Mamba-2 layers on top (its
-    model card has every flag):
+    The shipped model of enterobacteria was made in two runs: words of 12 bases alone, then with two Mamba-2 layers on
+    top (its model card has every flag):
 
-        longseq dna train genomes/enterobacteria runs/words --window 1024 --n-layer 0 --kmer 8 --pool sqrt
+        longseq dna train genomes/enterobacteria runs/words --window 256 --n-layer 0 --d-model 32 --kmer 12
+            --kmer-width 5 --kmer-buckets 1048576 --kmer-canonical --mutation-rate 0.03 --pool sqrt
             --training.keep last
-        longseq dna train genomes/enterobacteria runs/enterobacteria --window 1024,4096 --n-layer 2 --kmer 8
-            --pool sqrt --start-from runs/words/model --training.keep last
+        longseq dna train genomes/enterobacteria runs/enterobacteria --window 256,1024,4096 --n-layer 2 --d-model 32
+            --kmer 12 --kmer-width 5 --kmer-buckets 1048576 --kmer-canonical --mutation-rate 0.02 --pool sqrt
+            --start-from runs/words/model --training.keep last
 
     Caduceus-Ph, from the folder of a pretrained one (--strands equivariant for Caduceus-PS), or from nothing:
 
@@ -441,10 +443,15 @@ def _card(
     answers = "" if both is None else "\n\nA sequence and its reverse complement get the same answer: "
     if both is not None:
         answers += "the model reads both." if both else "the mean of what the model says of the one and of the other."
+    kept = {
+        "best": "The weights with the best loss on held-out training data were kept.",
+        "last": "The last weights were kept.",
+        "both": "The folder model has the weights with the best loss on held-out training data, last the last ones.",
+    }[training.keep]
     return f"""# Classifier of DNA {"sequences" if head.task == "sequence" else "bases"}
 
-Trained on `{data.name}` ({bases} bases), {what}, {strands}, {training.max_steps} steps, seed {training.seed}. The
-weights with the best loss on held-out training data were kept.{answers}
+Trained on `{data.name}` ({bases} bases), {what}, {strands}, {training.max_steps} steps, seed {training.seed}.
+{kept}{answers}
 
 Tokens: one per base (A 7, C 8, G 9, T 10, everything else that stands for a base 11, padding 4).
 
