@@ -62,8 +62,8 @@ def part_of(path: Path) -> Path:
 def check_same(what: str, record: Path, made: Mapping[str, Any]) -> None:
     """An InputError if what a JSON file says of how rows were made is not `made`, with what differs."""
     try:
-        before = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        before = dict(json.loads(record.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         raise InputError(f"{record}, which says how {what} was made, cannot be read; leave out --resume") from None
     then, now = (dict(_leaves({key: values.get(key) for key in made})) for values in (before, made))
     differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]

@@ -338,8 +338,12 @@ def _asked(source: Records | Intervals, engine: Alone | Together, before: Before
                 continue
             if waiting:
                 yield flush()
-            rows = known([piece])
-            yield _Group([piece], rows, [] if rows is not None else [([0], engine.stream(piece.rest))])
+            if (rows := known([piece])) is None:
+                yield _Group([piece], None, [([0], engine.stream(piece.rest))])
+                continue
+            for _ in piece.rest:
+                pass
+            yield _Group([piece], rows, [])
     except LostWorker:
         raise
     except InputError:

@@ -1,4 +1,7 @@
-"""The manifest beside a table, <table>.json: what made it, from what, and what came out. It is written last."""
+"""The manifest beside a table, <table>.json: what made it, from what, and what came out. It is written last.
+
+What it says of model, inputs and settings is also what must be the same when the table is resumed (seqmodels/table.py).
+"""
 
 import hashlib
 import shlex

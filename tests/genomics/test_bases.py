@@ -27,6 +27,7 @@ from seqmodels.tasks.genomics.train import train
 from seqmodels.training import TrainingConfig
 
 CLASSES = ("a+", "a-", "background")
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -372,8 +373,9 @@ def test_segments_stopped_in_or_between_records_go_on_to_the_same_bytes(directed
     assert counts[0] > 1 >= counts[-1]
 
 
-def test_processes_share_the_records_of_a_model_of_bases(directed, pieces, tmp_path):
-    options = {"model": directed[True], "device": "cpu", "batch_tokens": 110, "chunk": 50, "strand": "both"}
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+def test_processes_share_the_records_of_a_model_of_bases(directed, pieces, tmp_path, device):
+    options = {"model": directed[True], "device": device, "batch_tokens": 110, "chunk": 50, "strand": "both"}
     for devices in (1, 2):
         folder = tmp_path / str(devices)
         folder.mkdir()
