@@ -47,9 +47,9 @@ def make_contigs():
 
 def test_the_chain_knows_what_follows_what():
     chain = make_contigs().transitions([np.tile(np.array([7, 8, 9, 10], dtype=np.uint8), 20_000)])
-    context = int("01230123", 4)  # after ACGTACGT comes A, 19,998 times
-    assert np.diff(chain[context], prepend=0) == pytest.approx([19_999 / 20_002, *[1 / 20_002] * 3])
-    assert np.diff(chain[0], prepend=0) == pytest.approx([0.25] * 4)  # AAAAAAAA never came
+    context = int("01230123012", 4)  # after ACGTACGTACG comes T, 19,998 times
+    assert np.diff(chain[context], prepend=0) == pytest.approx([*[0.02 / 19_998.08] * 3, 19_998.02 / 19_998.08])
+    assert np.diff(chain[0], prepend=0) == pytest.approx([0.25] * 4)  # eleven A never came
 
 
 @pytest.mark.data
