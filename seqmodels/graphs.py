@@ -23,8 +23,10 @@ Batch = dict[str, Tensor]
 class GradientGraphs:
     """Called with a batch, computes the gradients of model.loss(batch) like loss.backward(), and gives what it gave.
 
-    It gives None, and has done nothing, where there is no graph for the batch's shape: the shape is new, the batch is
-    long, or the model waits for the GPU while it computes the loss. `.grad` of the parameters is replaced.
+    The batch is on the GPU, as the model is. It gives None, and has done nothing, where there is no graph for the
+    batch's shapes: they are new, the batch is long, the model waits for the GPU while it computes the loss, or batches
+    take more than half of the GPU's memory, of which a graph keeps a part of its own. `.grad` of the parameters is
+    replaced, by tensors that the next call overwrites. The model stays in training mode, its parameters where they are.
     """
 
     def __init__(self, model: Any) -> None:
@@ -49,10 +51,13 @@ class GradientGraphs:
     def _record(self, shape: tuple, batch: Batch) -> bool:
         """Whether there is a graph now."""
         self._seen[shape] += 1
-        full = len(self._recorded) >= MOST_GRAPHS or batch["ids"].numel() > MOST_TOKENS
-        if self._seen[shape] <= WARM_UP or full or shape in self._refused:
+        if self._seen[shape] <= WARM_UP or shape in self._refused:
             return False
-        seed, self._pool = torch.cuda.initial_seed(), self._pool or torch.cuda.graph_pool_handle()
+        short_of_memory = torch.cuda.max_memory_allocated() > torch.cuda.mem_get_info()[1] / 2
+        if short_of_memory or len(self._recorded) >= MOST_GRAPHS or batch["ids"].numel() > MOST_TOKENS:
+            self._refused.add(shape)
+            return False
+        drawn, self._pool = torch.cuda.get_rng_state(), self._pool or torch.cuda.graph_pool_handle()
         inputs, graph = {name: tensor.clone() for name, tensor in batch.items()}, torch.cuda.CUDAGraph()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.skip_ignored = _few_targets(batch)
@@ -61,7 +66,11 @@ class GradientGraphs:
                 self._gradients(inputs)
             self.model.zero_grad(set_to_none=True)
             torch.clear_autocast_cache()  # weights are cast within the graph, each time anew
-            with torch.cuda.graph(graph, pool=self._pool):
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),  # again, also where recording fails
+                # other threads may allocate pinned memory meanwhile
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
                 values = self._gradients(inputs)
         except RuntimeError:  # it waits for the GPU, or there is no memory for a graph beside all else
             self._refused.add(shape)
@@ -70,14 +79,14 @@ class GradientGraphs:
         finally:
             self.model.skip_ignored = True
             torch.clear_autocast_cache()
-            torch.cuda.manual_seed(seed)
+            torch.cuda.set_rng_state(drawn)
         gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         self._recorded[shape] = graph, inputs, gradients, values
         return True
 
     def _gradients(self, batch: Batch) -> Batch:
         loss, metrics = self.model.loss(batch)
-        with torch.autocast("cuda", enabled=False):  # gradients have the types of what they belong to
+        with torch.autocast(loss.device.type, enabled=False):  # gradients have the types of what they belong to
             loss.backward()
         return {"loss": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}
 

@@ -346,17 +346,15 @@ class _Task(pl.LightningModule):
         self.parts = 1  # into which each batch is cut, since a whole one did not fit into memory
         self.state: Any = None  # that the next batch goes on from, if it is carried; as a list of tensors when loaded
         self.mesh: DeviceMesh | None = None  # readers x processes that share their sequences
-        self.graphs: GradientGraphs | None = None
+        self.graphs: GradientGraphs | None = None  # of steps with one batch, on one GPU
 
     def setup(self, stage: str) -> None:
-        alone = self.trainer.world_size == 1 and not (
-            self.training_config.carry_state or self.training_config.recompute
-        )
-        if alone and self.trainer.strategy.root_device.type == "cuda":
+        training, device = self.training_config, self.trainer.strategy.root_device.type
+        readers, shared = training.readers, training.sequence_parallel
+        apart = training.carry_state or training.recompute or training.strategy == "fsdp2"
+        if device == "cuda" and self.trainer.world_size == 1 and not apart:
             self.graphs = GradientGraphs(self.model)
-        readers, shared = self.training_config.readers, self.training_config.sequence_parallel
         if shared > 1:  # neighbours share: the links within a node are the fastest
-            device = self.trainer.strategy.root_device.type
             self.mesh = init_device_mesh(device, (readers, shared), mesh_dim_names=("data", "sequence"))
             parallelise(self.model, self.mesh)
 
@@ -392,7 +390,9 @@ class _Task(pl.LightningModule):
                 values = self._gradients(numbers, batches)
             if values is None:  # only here the traceback no longer holds the activations
                 optimizer.zero_grad()
-                self._halve(batches)
+                if self.graphs is None:
+                    self._halve(batches)
+                self.graphs = None  # their memory is given back first
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training_config.gradient_clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all processes
         if not math.isfinite(values["loss"] + norm):

@@ -1,17 +1,21 @@
-"""CUDA graphs of small batches: gradients and training are those without them."""
+"""CUDA graphs of small batches: gradients and training are those without them.
+
+On a CPU a graph is the list of PyTorch's operations, which are done again into the same memory.
+"""
 
 import dataclasses
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import seqmodels
-from seqmodels import graphs, presets
+from seqmodels import graphs, heads, presets
 from seqmodels.config import HeadConfig, KmerConfig, ModelConfig
 from seqmodels.graphs import WARM_UP, GradientGraphs
-from seqmodels.training import TrainingConfig, fit
-
-pytestmark = pytest.mark.gpu
+from seqmodels.training import TrainingConfig, _Task, fit
 
 COMPLEMENT = (0, 4, 3, 2, 1)
 SEQUENCE = HeadConfig(task="sequence", labels=("a", "b", "c"), dropout=0.1, class_weights=(1.0, 2.0, 0.5))
@@ -45,17 +49,62 @@ class Two:
         return [self.train_batch(10**6)]
 
 
+class Tape(TorchDispatchMode):
+    """Operations done while it is entered; waiting for the result of one is an error, as it is for a CUDA graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError("waits")
+        found = operation(*args, **(kwargs or {}))
+        self.done.append((operation, args, kwargs or {}, found))
+        return found
+
+    @torch.no_grad()
+    def replay(self):
+        for operation, args, kwargs, found in self.done:
+            for old, new in zip(tree_leaves(found), tree_leaves(operation(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def tapes(monkeypatch, one_thread):
+    """Tapes are graphs; a list of those replayed."""
+
+    class Graph(Tape):
+        def replay(self):
+            replayed.append(self)
+            super().replay()
+
+    @contextmanager
+    def recorded(graph, **_):
+        with graph:
+            yield
+
+    replayed = []
+    functions = {"CUDAGraph": Graph, "graph": recorded, "graph_pool_handle": object, "current_stream": lambda: None}
+    functions |= {"get_rng_state": torch.get_rng_state, "set_rng_state": torch.set_rng_state}
+    functions |= {"max_memory_allocated": lambda: 1, "mem_get_info": lambda: (0, 2)}
+    for name, function in functions.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(graphs, "_no_waiting", Tape)
+    return replayed
+
+
 def config(kind):
     backbone, head = KINDS[kind]
     return ModelConfig(vocab_size=5, backbone=dataclasses.replace(backbone, dropout=0.1), head=head)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_graph_gives_the_gradients_metrics_and_dropout_of_each_batch(kind):
-    model, data, errors = seqmodels.build(config(kind), seed=0).cuda().train(), Two(KINDS[kind][1]), []
-    graph, replayed = GradientGraphs(model), 0
+def check_gradients(kind, device):
+    model, data, errors = seqmodels.build(config(kind), seed=0).to(device).train(), Two(KINDS[kind][1]), []
+    graph, replayed = GradientGraphs(model), []
     for step in range(12):
-        batch = {name: tensor.cuda() for name, tensor in data.train_batch(step).items()}
+        batch = {name: tensor.to(device) for name, tensor in data.train_batch(step).items()}
         torch.manual_seed(step)
         found = graph(batch)
         gradients = [p.grad.clone() for p in model.parameters()] if found else []
@@ -64,18 +113,108 @@ def test_a_graph_gives_the_gradients_metrics_and_dropout_of_each_batch(kind):
         loss, metrics = model.loss(batch)
         loss.backward()
         if found is not None:
-            replayed += 1
-            torch.testing.assert_close(found, {"loss": loss, **metrics}, rtol=1e-5, atol=1e-6, check_dtype=False)
+            replayed.append((found, {"loss": loss, **metrics}))
             truth = [p.grad for p in model.parameters()]
             errors += [float((g - t).norm() / t.norm()) for g, t in zip(gradients, truth, strict=True) if t.any()]
         with torch.no_grad():  # a graph reads the weights as they are
             for parameter in model.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
+                parameter.grad.mul_(2)  # as clipping does
         model.zero_grad()
-    assert replayed == 12 - 2 * WARM_UP
+    for found, truth in replayed:  # those of a batch stay when others follow
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-6, check_dtype=False)
+    assert len(replayed) == 12 - 2 * WARM_UP
     assert max(errors) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_gives_the_gradients_metrics_and_dropout_of_each_batch(kind):
+    check_gradients(kind, "cuda")
+
+
+@pytest.mark.usefixtures("tapes")
+def test_what_is_recorded_gives_the_gradients_metrics_and_dropout_of_each_batch():
+    check_gradients("attention", "cpu")
+
+
+def test_what_waits_or_has_no_room_is_not_recorded_and_leaves_no_trace(tapes, monkeypatch):
+    monkeypatch.setattr(heads, "LOGITS", 100)  # more than that, and ignored targets get none
+    model = seqmodels.build(config("attention"), seed=0).train()
+    graph, batch = GradientGraphs(model), {"ids": torch.arange(80).view(8, 10) % 4 + 1}
+    few, many = (torch.where(torch.arange(10) < n, batch["ids"], heads.IGNORED) for n in (2, 8))
+    for targets, reached in ((few, False), (many, True)):
+        for _ in range(WARM_UP + 2):
+            before = torch.get_rng_state()
+            found = graph(batch | {"targets": targets})
+            assert model.skip_ignored
+            if found is None:
+                assert torch.equal(torch.get_rng_state(), before)
+                assert all(parameter.grad is None for parameter in model.parameters())
+        assert (found is not None) == reached
+        graph = GradientGraphs(model)
+        model.zero_grad()
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2)
+    assert not any(graph(batch | {"targets": many}) for _ in range(WARM_UP + 2))
+
+
+def by_graphs(monkeypatch):
+    """Training on a CPU has graphs, too."""
+    setup = _Task.setup
+
+    def with_graphs(task, stage):
+        setup(task, stage)
+        task.graphs = GradientGraphs(task.model)
+
+    monkeypatch.setattr(_Task, "setup", with_graphs)
+
+
+STEPS = TrainingConfig(max_steps=12, validate_every=5, learning_rate=1e-2, device="cpu", ema_decay=0.9)
+
+
+def test_training_by_what_is_recorded_makes_the_same_model_also_when_resumed(tapes, tmp_path, monkeypatch):
+    class Broken(Two):
+        def train_batch(self, step):
+            if step == 11:
+                raise ConnectionError
+            return super().train_batch(step)
+
+    weights, head = {}, KINDS["attention"][1]
+    for name in ("plain", "graphs"):
+        fit(config("attention"), Two(head), STEPS, tmp_path / name)
+        weights[name] = seqmodels.load(tmp_path / name / "model").state_dict()
+        assert len(tapes) == (6 if name == "graphs" else 0)
+        if name == "plain":
+            by_graphs(monkeypatch)
+    with pytest.raises(ConnectionError):
+        fit(config("attention"), Broken(head), STEPS, tmp_path / "again")
+    fit(config("attention"), Two(head), dataclasses.replace(STEPS, resume=True), tmp_path / "again")
+    weights["again"] = seqmodels.load(tmp_path / "again" / "model").state_dict()
+    for name in ("graphs", "again"):
+        torch.testing.assert_close(weights[name], weights["plain"], rtol=1e-5, atol=1e-6)
+
+
+def test_where_memory_runs_short_that_of_graphs_is_given_back_before_batches_are_cut(
+    tapes, tmp_path, monkeypatch, capsys
+):
+    by_graphs(monkeypatch)
+    gradients, tasks = _Task._gradients, []
+
+    def fault(task, numbers, batches):
+        tasks.append(task.graphs)
+        if numbers == (9,) and task.graphs is not None:
+            raise torch.OutOfMemoryError
+        return gradients(task, numbers, batches)
+
+    monkeypatch.setattr(_Task, "_gradients", fault)
+    fit(config("attention"), Two(KINDS["attention"][1]), STEPS, tmp_path / "run")
+    assert [graph is None for graph in tasks] == [False] * 10 + [True] * 3
+    assert len(tapes) == 3
+    assert "out of memory" not in capsys.readouterr().err
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["parts"] == 1
+
+
+@pytest.mark.gpu
 def test_training_by_graphs_learns_as_training_without_them_does(tmp_path, monkeypatch):
     training = TrainingConfig(
         max_steps=60, validate_every=20, learning_rate=1e-3, device="cuda", ema_decay=0.9, precision="bf16"
