@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands parse, its files exist, and every file of the package is in its tree."""
+"""The README and docs/ tell the truth: commands parse and run, examples print what is shown, the tree is whole."""
 
 import csv
 import gzip
@@ -6,7 +6,9 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -17,7 +19,9 @@ from seqmodels.cli import COMMANDS, _parser, main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GENOMICS, AUDIO = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("genomics", "audio"))
+COMMANDS_PAGE, GENOMICS, AUDIO, SCALING = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("commands", "genomics", "audio", "scaling")
+)
 CARDS = sorted((ROOT / "seqmodels" / "checkpoints").glob("*/README.md"))
 NOTEBOOKS = [  # the commands in the strings of their code, as far as nothing is filled in
     "\n".join(re.findall(r'\\"(longseq [^"\\{}]+)\\"', path.read_text(encoding="utf-8")))
@@ -34,7 +38,11 @@ def commands(text):
 
 @pytest.mark.parametrize(
     "line",
-    [line for text in (README, GENOMICS, AUDIO, *NOTEBOOKS, *map(Path.read_text, CARDS)) for line in commands(text)],
+    [
+        line
+        for text in (README, COMMANDS_PAGE, GENOMICS, AUDIO, SCALING, *NOTEBOOKS, *map(Path.read_text, CARDS))
+        for line in commands(text)
+    ],
 )
 def test_every_command_that_is_shown_parses(line):
     line = line.split("` ")[0]
@@ -74,6 +82,26 @@ def run(lines):
         assert main(words) == 0, line
         for path in (Path(words[words.index(o) + 1]) for o in ("-o", "--pictures", "--picture") if o in words):
             assert path.exists() or path.with_stem(f"{path.stem}_0").exists()
+
+
+def words_and_numbers(page):
+    number = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
+    return [float(word) if number.fullmatch(word) else word for word in page.split()]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_examples_of_the_readme_print_what_stands_below_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (generated,) = (line for line in commands(README) if line.startswith("longseq audio generate"))
+    run([generated])
+    shutil.copy(ROOT / "docs" / "audio" / "seven.flac", tmp_path)  # what it has made, at full length
+    program = runpy.run_path(str(ROOT / "docs" / "audio.py"))
+    page = README.replace(f"{generated}\n", "")
+    assert page.count("```text\n") == 3
+    printed = words_and_numbers(program["BLOCK"].sub(program["run"], page))
+    shown = [pytest.approx(word, rel=1e-3) if isinstance(word, float) else word for word in words_and_numbers(page)]
+    assert printed == shown  # but for rounding, which is another one on another machine
 
 
 def needs_data(line):
@@ -158,15 +186,26 @@ def test_the_commands_on_recordings_run_on_a_part_of_them(tmp_path, monkeypatch)
 
 def test_the_file_tree_names_every_file_and_no_other():
     tree = README.split("## Files")[1].split("```")[1]
-    for folder in ("kernels", "seqmodels"):
-        section = tree.split(f"\n{folder}/")[1].split("\n\n")[0]
-        named = set(re.findall(r"(?m)^  (\w+\.py)", re.split(r"(?m)^\w", section)[0]))
-        found = {p.name for p in (ROOT / folder).glob("*.py") if not p.name.startswith("__")}
-        assert named == found
-    for folder in ("tasks/genomics", "tasks/audio", "tasks/synthetic"):
-        line = next(line for line in tree.splitlines() if line.startswith(f"{folder}/"))
-        found = {p.stem for p in (ROOT / folder).glob("*.py") if p.stem != "__init__"}
-        assert set(re.findall(r"[\w]+", line.split(": ")[1])) == found
+    for folder in (
+        *("kernels", "seqmodels", "tasks/genomics", "tasks/audio", "tasks/synthetic"),
+        *("notebooks", "examples", "benchmarks", "docs"),
+    ):
+        section = re.split(r"(?m)^\w", tree.split(f"\n{folder}/")[1])[0]
+        named = re.findall(r"(?m)^  (\w+\.(?:py|ipynb|md)) +\S.*", section)  # each with a clause
+        found = {p.name for ending in ("py", "ipynb", "md") for p in (ROOT / folder).glob(f"*.{ending}")}
+        assert sorted(named) == sorted(name for name in found if not name.startswith("__"))
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_the_links_and_pictures_of_a_page_are_there(page):
+    page = ROOT / page
+    for link in re.findall(r"\]\(([^):]+)\)", page.read_text(encoding="utf-8")):
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"(?m)^#+ (.*)", target.read_text(encoding="utf-8"))
+            assert heading in [text.lower().replace(" ", "-") for text in headings], link
 
 
 def test_every_tracked_top_level_folder_is_in_the_tree():
