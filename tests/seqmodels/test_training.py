@@ -1,22 +1,26 @@
 """Training: parameter groups, schedule, learning, logs, and a resume that repeats the uninterrupted run."""
 
+import copy
 import dataclasses
 import json
 import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import seqmodels
 from seqmodels import presets
 from seqmodels.config import HeadConfig, KmerConfig, Mamba2Config, ModelConfig
 from seqmodels.errors import InputError
 from seqmodels.heads import LanguageModel
-from seqmodels.training import TrainingConfig, fit, parameter_groups, schedule
+from seqmodels.training import TrainingConfig, _MovingAverage, fit, parameter_groups, schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -277,6 +281,40 @@ def test_what_makes_a_step_is_said_once_and_only_for_data_that_count_tokens(tmp_
     with pytest.raises(InputError, match="step_tokens needs data that say how many tokens a batch has"):
         fit(CONFIG, Cycles(), dataclasses.replace(TRAINING, step_tokens=70, accumulate=1), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_moving_average_follows_at_once_then_ever_more_slowly_also_when_resumed():
+    class Weights(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = (nn.Parameter(torch.zeros(size)) for size in (3, (2, 2)))
+
+        values = property(lambda self: torch.cat([self.one, self.two.flatten()]).detach().double())
+
+    drawn, module, callback = (
+        torch.randn(40, 7, generator=torch.Generator().manual_seed(0)),
+        Weights(),
+        _MovingAverage(0.7),
+    )
+    callback.setup(None, module, "fit")
+    wanted = drawn[0].double()
+    for n, weights in enumerate(drawn):
+        with torch.no_grad():
+            module.one.copy_(weights[:3])
+            module.two.copy_(weights[3:].view(2, 2))
+        callback.on_train_batch_end(SimpleNamespace(global_step=n + 1), module, None, None, n)
+        decay = min(0.7, (1 + n) / (10 + n)) if n else 0
+        wanted = decay * wanted + (1 - decay) * weights.double()
+        callback.on_validation_epoch_start(None, module)
+        torch.testing.assert_close(module.values, wanted, rtol=1e-5, atol=1e-6)
+        callback.on_validation_epoch_end(None, module)
+        assert torch.equal(module.values, weights.double())
+        if n in (4, 20):
+            checkpoint = {"state_dict": module.state_dict()}
+            callback.on_save_checkpoint(None, module, checkpoint)
+            checkpoint, module, callback = copy.deepcopy(checkpoint), Weights(), _MovingAverage(0.7)
+            callback.setup(None, module, "fit")
+            callback.on_load_checkpoint(None, module, checkpoint)
 
 
 def test_a_batch_that_does_not_fit_is_read_in_parts_that_make_the_same_step(tmp_path, monkeypatch, capsys):
