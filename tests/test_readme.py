@@ -104,6 +104,22 @@ def test_the_examples_of_the_readme_print_what_stands_below_them(tmp_path, monke
     assert printed == shown  # but for rounding, which is another one on another machine
 
 
+def test_the_picture_of_the_readme_has_every_base_and_gene_of_its_stretch(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    program = runpy.run_path(str(ROOT / "docs" / "readme.py"))
+    record, start, end = program["RECORD"], program["START"], program["END"]
+    spans = [(start - 5, start + 2, 0.25), (start + 2, start + 3, 0.5), (end - 1, end + 4, 1)]
+    track = tmp_path / "track.bedgraph"
+    track.write_text("track type=bedGraph\n" + "".join(f"{record}\t{s}\t{e}\t{value}\n" for s, e, value in spans))
+    values = program["track"](track)
+    assert values[:4].tolist() == [0.25, 0.25, 0.5, 0]
+    assert (len(values), values[-1], values.sum()) == (end - start, 1, 2)
+    lines = [(record, start - 9, start), (record, start - 9, start + 1), (record, end, end + 1), ("other", start, end)]
+    with gzip.open(tmp_path / "genes.bed.gz", "wt") as file:
+        file.write("".join(f"{name}\t{s}\t{e}\tgene\t0\t-\n" for name, s, e in lines))
+    assert program["genes"](tmp_path / "genes.bed.gz") == [(start - 9, start + 1, "-")]
+
+
 def needs_data(line):
     return any(name in line for name in (" gue/", " genomes", " runs/", " promoters."))
 
@@ -186,10 +202,8 @@ def test_the_commands_on_recordings_run_on_a_part_of_them(tmp_path, monkeypatch)
 
 def test_the_file_tree_names_every_file_and_no_other():
     tree = README.split("## Files")[1].split("```")[1]
-    for folder in (
-        *("kernels", "seqmodels", "tasks/genomics", "tasks/audio", "tasks/synthetic"),
-        *("notebooks", "examples", "benchmarks", "docs"),
-    ):
+    tasks = sorted(f"tasks/{path.parent.name}" for path in (ROOT / "tasks").glob("*/__init__.py"))
+    for folder in ("kernels", "seqmodels", *tasks, "notebooks", "examples", "benchmarks", "docs"):
         section = re.split(r"(?m)^\w", tree.split(f"\n{folder}/")[1])[0]
         named = re.findall(r"(?m)^  (\w+\.(?:py|ipynb|md)) +\S.*", section)  # each with a clause
         found = {p.name for ending in ("py", "ipynb", "md") for p in (ROOT / folder).glob(f"*.{ending}")}
