@@ -58,8 +58,9 @@ class VectorWriter(TableWriter):
         try:
             if self._given > self.kept:
                 self._vectors.truncate(start)
-                if count:
-                    os.posix_fallocate(self._vectors.fileno(), start, self._end - start)  # zeros, or no room
+                self._vectors.truncate(self._end)  # zeros
+                if count and hasattr(os, "posix_fallocate"):  # room for them, or an error; macOS has none
+                    os.posix_fallocate(self._vectors.fileno(), start, self._end - start)
                 vectors = self.vectors(start, count)
                 fill(vectors)
             elif self._vectors.seek(0, 2) < self._end:
