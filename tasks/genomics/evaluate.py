@@ -15,7 +15,7 @@ from seqmodels.config import Targets
 from seqmodels.errors import InputError
 from seqmodels.files import write_json
 from seqmodels.metrics import as_tables, evaluate_any
-from seqmodels.table import Row, TableWriter, check_writable, part_of
+from seqmodels.table import Row, TableWriter, check_same, check_writable, part_of
 from seqmodels.tasks.genomics.datasets import parse_lengths, spaced_windows, taken
 from seqmodels.tasks.genomics.evaluate_bases import evaluate_bases
 from seqmodels.tasks.genomics.evaluate_bases import shown as bases_shown
@@ -126,6 +126,8 @@ def evaluate(
         )
     if windows < 1 or resamples < 0:
         raise InputError(f"windows is {windows} and resamples is {resamples}; give at least 1 and 0")
+    asked = {"source": source, "data": str(data) if data else None, "labels": str(labels) if labels else None}
+    asked |= {"split": split, "windows": windows, "overlap": overlap, "resamples": resamples, "seed": seed}
     keeping: Any = nullcontext()
     if source.endswith(_TABLES):
         targets, classes, samples = _from_predictions(Path(source), labels)
@@ -151,6 +153,8 @@ def evaluate(
             return 0
         logits = None if place is None else place.with_name(f"{place.name}.logits")
         if resume and place and logits and place.exists() and not part_of(logits).exists():
+            if output is not None:
+                check_same(str(output), output, asked)
             print(f"{place} is there and whole: nothing to resume", file=sys.stderr)
             return 0
         lengths = parse_lengths(window)
@@ -179,9 +183,7 @@ def evaluate(
                     folder = pictures if of.window is None else pictures / f"window-{of.window}"
                     draw(folder, targets, classes, *of.pair, _what(results[-1]), picture_format)
         if output is not None:
-            settings = {"split": split, "windows": windows, "overlap": overlap, "resamples": resamples, "seed": seed}
-            report = {"source": source, "data": str(data) if data else None, "labels": str(labels) if labels else None}
-            write_json(output, {**report, **settings, "classes": list(classes), "results": results})
+            write_json(output, {**asked, "classes": list(classes), "results": results})
     return 0
 
 

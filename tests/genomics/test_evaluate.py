@@ -143,6 +143,8 @@ def test_an_evaluation_stopped_anywhere_goes_on_to_the_same_bytes(tmp_path, mode
         run("other", resume=True, windows=3)
     assert evaluate(model, tmp_path, **options, output=tmp_path / "7.json", resume=True) == 0
     assert "nothing to resume" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"7.json was made otherwise: seed was 0 and is 1; repeat that"):
+        evaluate(model, tmp_path, **options | {"seed": 1}, output=tmp_path / "7.json", resume=True)
     for more in ({}, {"annotation": [tmp_path / "x.bed"], "output": tmp_path / "o.json"}):
         with pytest.raises(InputError, match="without --annotation, and with --output or --predictions"):
             evaluate(model, tmp_path, **options, **more, resume=True)
