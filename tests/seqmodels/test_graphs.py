@@ -135,6 +135,7 @@ def check_gradients(kind, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.usefixtures("unused_gpu")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_gives_the_gradients_metrics_and_dropout_of_each_batch(kind):
@@ -223,6 +224,7 @@ def test_where_memory_runs_short_that_of_graphs_is_given_back_before_batches_are
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.usefixtures("unused_gpu")
 def test_training_by_graphs_learns_as_training_without_them_does(tmp_path, monkeypatch):
     training = TrainingConfig(  # a thread pins the workers' batches while graphs are recorded
