@@ -4,6 +4,7 @@ import json
 import struct
 import sys
 import zipfile
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -327,20 +328,20 @@ def _groups(files: list[Path], engine: Alone | Together, pool: str, kept: int, p
         yield asked()
 
 
-class _Features(VectorWriter):
+class _Features(VectorWriter, ABC):
     """Records and their features, of which the output is made when all are there."""
 
     def __init__(self, output: Path, width: int, resume: bool, manifest: Manifest) -> None:
         super().__init__(output, _COLUMNS, width, _IDENTITY if resume else (), manifest.made)
         self._kind, self._manifest = output.suffix[1:], manifest
 
+    @abstractmethod
     def take(self, group: _Group) -> None:
         """The records of a group; waits for their features, unless these are kept."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _make(self, path: Path, rows: Iterator[Row]) -> None:
         """Makes the output of what is there."""
-        raise NotImplementedError
 
     def _publish(self, rows: Path, path: Path) -> None:
         with replacing(path) as temporary, open(rows, encoding="utf-8") as lines:
