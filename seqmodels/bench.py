@@ -39,8 +39,8 @@ SIZES = {
     "classify": Sizes(gpu="--device cuda"),
     "coding": Sizes(
         "runs/coding-codons --name coding-codons -- --baseline codons --training.device cpu",
-        "runs/coding --name coding -- --bidirectional --strands equivariant --d-state 64 --dropout 0.1 "
-        "--batch-tokens 131072 --seeds 3 --training.max-steps 800 --training.validate-every 100 "
+        "runs/coding-mamba2 --name coding-mamba2 -- --bidirectional --strands equivariant --d-state 64 --dropout 0.1 "
+        "--batch-tokens 131072 --seeds 3 --training.max-steps 500 --training.validate-every 100 "
         "--training.learning-rate 2e-3 --training.precision bf16 --training.device cuda",
     ),
     "decode": Sizes(None, "--mixers mamba2 mamba attention --batches 1 2 4 8 16 32 64 128"),
