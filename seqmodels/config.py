@@ -284,6 +284,8 @@ class ModelConfig:
     "Whether next-token and masked-token logits reuse the embedding."
     conditions: tuple[ConditionConfig, ...] = ()
     "Labels added to every position, for prompted generation."
+    guidance: float = 1.0
+    "Classifier-free guidance of what is generated when told labels or a text, unless said otherwise; 1 means none."
     tokenizer: dict[str, Any] = field(default_factory=dict)
     "What token ids mean, for example {'type': 'dna'} or {'type': 'mu_law', 'sample_rate': 8000, ...}."
 

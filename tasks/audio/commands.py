@@ -29,7 +29,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     seed: int = 0,
     stream: bool = False,
     out_rate: int | None = None,
@@ -68,7 +68,7 @@ def generate(
         top_k: Draw from the k most likely values of a sample only; 0 means from all.
         top_p: Draw from the most likely values that together reach this probability; 1 means from all.
         guidance: Classifier-free guidance: how much more than usual the labels and the text say; 1 is none, twice as
-            slow otherwise.
+            slow otherwise. By default what the model's configuration says.
         seed: Seed of the random numbers; the same seed gives the same file on the same machine.
         stream: Let the file grow as the sound is made, in constant memory and without a picture; with --include-prompt
             for prompts of any length, too.
@@ -88,10 +88,10 @@ def generate(
     import seqmodels
     from seqmodels.checkpoint import choose_device
     from seqmodels.sampling import Sampling
-    from seqmodels.tasks.audio.generate import Heard, is_recording, prompt_labels
+    from seqmodels.tasks.audio.generate import Heard, is_recording, prompt_labels, usual
     from seqmodels.tasks.audio.waveform import is_audio_name, mu_law_of
 
-    sampling = Sampling(temperature, top_k, top_p, guidance)
+    Sampling(temperature, top_k, top_p)  # refuses what cannot be before anything is loaded
     for name, value in (("number", number), ("batch", batch)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; expected at least 1")
@@ -108,6 +108,9 @@ def generate(
     if mu_law.text and text is None and not known:
         prompt, text = None, prompt
     labels, recording = prompt_labels(conditions, prompt, given)
+    if guidance is None:
+        guidance = usual(network, labels or text).guidance
+    sampling = Sampling(temperature, top_k, top_p, guidance)
     request = _Request(
         network, labels, text, sampling, seconds, number, batch, seed, include_prompt, out_rate or mu_law.sample_rate,
         normalize, subtype, picture,

@@ -155,6 +155,11 @@ class Generated:
         return "<br>".join(parts) + (f"<p>and {more} more</p>" if more else "")
 
 
+def usual(model: Any, told: Any) -> Sampling:
+    """How sound is drawn unless said otherwise: with the model's own guidance where it is told anything."""
+    return Sampling(guidance=model.config.guidance if told else 1.0)
+
+
 def generate(
     model: Any,
     *,
@@ -187,7 +192,7 @@ def generate(
         for name, value in (("number", number), ("batch", batch)):
             if value < 1:
                 raise InputError(f"{name} is {value}; expected at least 1")
-        begin = Beginning(model, labels or {}, text, prompt, prompt_rate, sampling or Sampling(), seed)
+        begin = Beginning(model, labels or {}, text, prompt, prompt_rate, sampling, seed)
         takes = (begin.sampler(range(i, min(i + batch, number))) for i in range(0, number, batch))
     else:
         takes = [(_sampler(model, state.kept, state), state)]
@@ -205,7 +210,8 @@ def generate_each(
     progress: Callable[[int], Any] = lambda samples: None,
 ) -> Generated:
     """New sound for each of the labels, `batch` items together: item i is generate(labels=labels[i])'s item i."""
-    mu_law, limit, sampling = mu_law_of(model.config.tokenizer), _limit(model, seconds), sampling or Sampling()
+    mu_law, limit = mu_law_of(model.config.tokenizer), _limit(model, seconds)
+    sampling = sampling or usual(model, any(labels))
 
     def takes() -> Iterator[tuple[Sampler, State]]:
         for first in range(0, len(labels), batch):
@@ -261,7 +267,7 @@ class Stream:
         self._left = None if seconds is None else _limit(model, seconds)
         self._chunk = _limit(model, chunk, "chunk")
         if state is None:
-            begin = Beginning(model, labels or {}, text, prompt, prompt_rate, sampling or Sampling(), seed)
+            begin = Beginning(model, labels or {}, text, prompt, prompt_rate, sampling, seed)
             self._sampler, self._about = begin.sampler(range(item, item + 1))
         elif len(state.items) == 1:
             self._sampler, self._about = _sampler(model, state.kept, state), state
@@ -305,8 +311,9 @@ class Beginning:
 
     def __init__(
         self, model: Any, labels: Mapping[str, str], text: str | None, prompt: np.ndarray | str | Path | Heard | None,
-        prompt_rate: int | None, sampling: Sampling, seed: int,
+        prompt_rate: int | None, sampling: Sampling | None, seed: int,
     ) -> None:  # fmt: skip
+        sampling = sampling or usual(model, labels or text)
         self.model, self.sampling, self.seed = model, sampling, seed
         self.mu_law = mu_law_of(model.config.tokenizer)
         given = label_ids(model.config.conditions, labels)

@@ -65,6 +65,9 @@ class DataConfig:
 
 
 CLIPS = DataConfig()
+GUIDANCE = 3.0
+"""Of models that are told something and have learned to do without, unless a user says otherwise: as AudioGen and
+MusicGen have it (Kreuk et al., 2022; Copet et al., 2023)."""
 RECIPE = TrainingConfig(max_steps=4000, learning_rate=2e-3, ema_decay=0.999)
 
 
@@ -118,7 +121,9 @@ def train(
         window=window, mlp_expand=mlp_expand, dropout=dropout, bidirectional=bidirectional,
     )  # fmt: skip
     examples, conditions, mu_law = load_data(data, clips, classify)
-    config = model_config(backbone, conditions, mu_law, classify=classify is not None)
+    config = model_config(
+        backbone, conditions, mu_law, classify=classify is not None, guidance=GUIDANCE if clips.label_dropout else 1.0
+    )
     build(config)  # refuses sizes that do not fit before anything is written
     if first_process():
         counts = f"{len(examples.train)} clips to train on, {len(examples.validation)} to validate"
@@ -187,13 +192,15 @@ def model_config(
     mu_law: MuLaw,
     *,
     classify: bool = False,
+    guidance: float = 1.0,
 ) -> ModelConfig:
-    """The model of sound over a backbone, told the conditions; or a classifier of the first one."""
+    """The model of sound over a backbone, told the conditions, or a text; or a classifier of the first condition."""
     head = HeadConfig(task="sequence", labels=conditions[0].values) if classify else HeadConfig(task="next_token")
     return ModelConfig(
         vocab_size=mu_law.vocab_size,
         backbone=backbone,
         head=head,
         conditions=() if classify else conditions,
+        guidance=guidance if not classify and (conditions or mu_law.text) else 1.0,
         tokenizer=mu_law.to_dict(),
     )

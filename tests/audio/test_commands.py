@@ -382,6 +382,7 @@ def test_training_on_a_folder_leads_to_a_model_that_knows_its_labels_and_learns(
     model = seqmodels.load(folder)
     assert [condition.name for condition in model.config.conditions] == ["digit", "speaker"]
     assert model.config.conditions[0].values == WORDS
+    assert model.config.guidance == 3
     commands.evaluate(sounds, model=str(folder), output=tmp_path / "bits.json")
     assert json.loads((tmp_path / "bits.json").read_text())["bits_per_sample"] < 7.5
 
@@ -391,10 +392,11 @@ TINY += "--widths [16,16] --depths [1,1] --pools [4] --head-dim 8 --clips.valida
 
 
 def test_a_model_of_text_is_trained_and_told_the_words_of_a_column(sounds, tmp_path, capsys):
-    flags = "--clips.text word --outer s4d --centre attention --heads 2 --training.keep both --clips.silence 0.01"
+    flags = "--clips.text word --outer s4d --centre attention --heads 2 --training.keep both --clips.silence 0.01 --clips.label-dropout 0"
     assert main(["audio", "train", str(sounds), str(tmp_path / "run"), *(TINY + flags).split()]) == 0
     model = seqmodels.load(capsys.readouterr().out.strip())
     assert (model.config.tokenizer["text"], model.config.vocab_size) == (16, 258 + 256)
+    assert model.config.guidance == 1  # it has never done without
     last = seqmodels.load(tmp_path / "run" / "last")
     assert last.config == model.config
     bits = []
