@@ -5,7 +5,7 @@ A graph is recorded for each shape of batches that comes again, and replayed for
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ class GradientGraphs:
     """Called with a batch, computes the gradients of model.loss(batch) like loss.backward(), and gives what it gave.
 
     The batch is on the GPU, as the model is. It gives None, and has done nothing, where there is no graph for the
-    batch's shapes: they are new, the batch is long, the model waits for the GPU while it computes the loss, or batches
-    take more than half of the GPU's memory, of which a graph keeps a part of its own. `.grad` of the parameters is
+    batch's shapes: they are new, the batch is long, the model waits for the GPU while it computes the loss, batches
+    take more than half of the GPU's memory, of which a graph keeps a part of its own, or somebody held an earlier loss
+    with its autograd graph (whose AccumulateGrad nodes stay on the stream of their time). `.grad` of the parameters is
     replaced, by tensors that the next call overwrites. The model stays in training mode, its parameters where they are.
     """
 
@@ -66,13 +67,9 @@ class GradientGraphs:
                 self._gradients(inputs)
             self.model.zero_grad(set_to_none=True)
             torch.clear_autocast_cache()  # weights are cast within the graph, each time anew
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),  # again, also where recording fails
-                # other threads may allocate pinned memory meanwhile
-                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-            ):
+            with self._recording(graph):
                 values = self._gradients(inputs)
-        except RuntimeError:  # it waits for the GPU, or there is no memory for a graph beside all else
+        except RuntimeError:  # it waits for the GPU, finds no memory beside all else, or meets a loss that is held
             self._refused.add(shape)
             self.model.zero_grad(set_to_none=True)
             return False
@@ -83,6 +80,26 @@ class GradientGraphs:
         gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         self._recorded[shape] = graph, inputs, gradients, values
         return True
+
+    @contextmanager
+    def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """A context whose kernels are recorded. Where that fails, PyTorch goes on with dropout and memory as before."""
+        try:
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),  # again, also where recording fails
+                # other threads may allocate pinned memory meanwhile
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
+                yield
+        except RuntimeError:  # CUDAGraph.capture_end may have left memory pool and generator in their recording mode
+            pool, self._pool = self._pool, None
+            with suppress(RuntimeError):  # the pool was not left so
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+            nothing = torch.zeros((), device=torch.cuda.current_device())
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):  # a recording that succeeds ends the generator's mode, too
+                nothing.zero_()
+            raise
 
     def _gradients(self, batch: Batch) -> Batch:
         loss, metrics = self.model.loss(batch)

@@ -72,8 +72,14 @@ class Tape(TorchDispatchMode):
 
 
 @pytest.fixture
-def tapes(monkeypatch, one_thread):
-    """Tapes are graphs; a list of those replayed."""
+def underway():
+    """What is in its recording mode: memory pools and, like PyTorch's, one generator."""
+    return set()
+
+
+@pytest.fixture
+def tapes(monkeypatch, one_thread, underway):
+    """Tapes are graphs; a list of those replayed. A recording that fails leaves open what PyTorch's does."""
 
     class Graph(Tape):
         def replay(self):
@@ -81,16 +87,29 @@ def tapes(monkeypatch, one_thread):
             super().replay()
 
     @contextmanager
-    def recorded(graph, **_):
+    def recorded(graph, pool="its own", **_):
+        if underway - {"generator"}:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+        if pool in released:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        underway.update({pool, "generator"})
         with graph:
             yield
+        underway.difference_update({pool, "generator"})
 
-    replayed = []
+    def end(device, pool):
+        if pool not in underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        underway.remove(pool)
+
+    replayed, released = [], []
     functions = {"CUDAGraph": Graph, "graph": recorded, "graph_pool_handle": object, "current_stream": lambda: None}
     functions |= {"get_rng_state": torch.get_rng_state, "set_rng_state": torch.set_rng_state}
-    functions |= {"max_memory_allocated": lambda: 1, "mem_get_info": lambda: (0, 2)}
+    functions |= {"max_memory_allocated": lambda: 1, "mem_get_info": lambda: (0, 2), "current_device": lambda: "cpu"}
     for name, function in functions.items():
         monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: released.append(pool))
     monkeypatch.setattr(graphs, "_no_waiting", Tape)
     return replayed
 
@@ -107,6 +126,13 @@ def config(kind):
     return ModelConfig(vocab_size=5, backbone=dataclasses.replace(backbone, dropout=0.1), head=head)
 
 
+def ordinary(model, batch):
+    """What the loss gives, and gradients, without a graph; nothing of autograd is held."""
+    loss, metrics = model.loss(batch)
+    loss.backward()
+    return {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
+
+
 def check_gradients(kind, device):
     model, data, errors = seqmodels.build(config(kind), seed=0).to(device).train(), Two(KINDS[kind][1]), []
     graph, replayed = GradientGraphs(model), []
@@ -117,10 +143,9 @@ def check_gradients(kind, device):
         gradients = [p.grad.clone() for p in model.parameters()] if found else []
         model.zero_grad()
         torch.manual_seed(step)
-        loss, metrics = model.loss(batch)
-        loss.backward()
+        values = ordinary(model, batch)
         if found is not None:
-            replayed.append((found, {"loss": loss, **metrics}))
+            replayed.append((found, values))
             truth = [p.grad for p in model.parameters()]
             errors += [float((g - t).norm() / t.norm()) for g, t in zip(gradients, truth, strict=True) if t.any()]
         with torch.no_grad():  # a graph reads the weights as they are
@@ -165,6 +190,64 @@ def test_what_waits_or_has_no_room_is_not_recorded_and_leaves_no_trace(tapes, mo
         model.zero_grad()
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2)
     assert not any(graph(batch | {"targets": many}) for _ in range(WARM_UP + 2))
+
+
+def check_failure(device, spoil):
+    """The second shape's recording fails while `spoil(model, batch)` is entered; those before and after it do not."""
+    model, rng = seqmodels.build(config("attention"), seed=0).to(device).train(), torch.Generator().manual_seed(0)
+    ids = [torch.randint(1, 5, (8, l), generator=rng).to(device) for l in (51, 61, 71)]
+    first, second, third = ({"ids": own[:, :-1], "targets": own[:, 1:]} for own in ids)
+    graph = GradientGraphs(model)
+
+    def last_found(batch):
+        for _ in range(WARM_UP + 1):
+            torch.manual_seed(0)
+            found = graph(batch)
+            ordinary(model, batch)  # dropout goes on
+            model.zero_grad()
+        return found
+
+    found = [last_found(first)]
+    with spoil(model, second):
+        assert last_found(second) is None
+        found.append(last_found(first))
+    assert last_found(second) is None
+    found += [last_found(first), last_found(third)]
+    for values, batch in zip(found, (first, first, first, third), strict=True):
+        torch.manual_seed(0)
+        torch.testing.assert_close(values, ordinary(model, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_what_fails_while_it_is_recorded_leaves_dropout_and_other_graphs_as_they_are(tapes, underway, monkeypatch):
+    @contextmanager
+    def spoil(*_):
+        class Fails(torch.cuda.CUDAGraph):
+            def __exit__(self, *error):
+                super().__exit__(*error)
+                monkeypatch.setattr(torch.cuda, "CUDAGraph", Fails.__base__)
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Fails)
+        yield
+        assert not underway  # before any other recording
+
+    check_failure("cpu", spoil)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.usefixtures("unused_gpu")
+def test_an_older_loss_that_is_held_spoils_a_recording_and_nothing_else():
+    @contextmanager
+    def spoil(model, batch):
+        loss, _ = model.loss(batch)
+        loss.backward()
+        model.zero_grad()
+        yield
+        del loss
+
+    check_failure("cuda", spoil)
+    torch.cuda.empty_cache()
 
 
 def by_graphs(monkeypatch):
