@@ -1,7 +1,9 @@
 """The backbone of a model of DNA, from a command's options or from the model that it starts from."""
 
 import dataclasses
-from typing import Any, Literal
+from collections import Counter
+from itertools import cycle, islice
+from typing import Literal
 
 from seqmodels import presets
 from seqmodels.checkpoint import read, resolve
@@ -9,13 +11,13 @@ from seqmodels.config import BackboneConfig, KmerConfig, StrandsConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.tokens import COMPLEMENT_MAP, TOKENIZER, VOCABULARY
 
-Mixer = Literal["mamba", "mamba2", "attention", "lstm", "cnn"]
+MIXERS = ("mamba", "mamba2", "attention", "lstm", "cnn")
 Strands = Literal["one", "conjoined", "equivariant"]
 
 
 def choose_backbone(
     start_from: str | None,
-    mixer: Mixer | None,
+    mixer: str | None,
     d_model: int | None,
     n_layer: int | None,
     d_state: int | None,
@@ -25,7 +27,10 @@ def choose_backbone(
     bidirectional: bool,
     tie_projections: bool,
 ) -> BackboneConfig:
-    """The layers of `start_from` unless an option describes new ones; `strands` changes either."""
+    """The layers of `start_from` unless an option describes new ones; `strands` changes either.
+
+    `mixer` is one of MIXERS, or several with commas, which layers are in turn.
+    """
     described = bidirectional or tie_projections or kmer is not None or {mixer, d_model, n_layer, d_state} != {None}
     if start_from is not None and not described:
         backbone = _backbone_of(start_from)
@@ -63,20 +68,30 @@ def _backbone_of(start_from: str) -> BackboneConfig:
 
 
 def _new_backbone(
-    mixer: Mixer, bidirectional: bool, tie_projections: bool, d_model: int, n_layer: int, d_state: int | None
+    mixer: str, bidirectional: bool, tie_projections: bool, d_model: int, n_layer: int, d_state: int | None
 ) -> BackboneConfig:
-    if tie_projections and not (bidirectional and mixer in ("mamba", "mamba2")):
+    named = mixer.split(",")
+    for name in named:
+        if name not in MIXERS:
+            raise InputError(f"mixer is {mixer!r}; expected one of {', '.join(MIXERS)}, or several with commas between")
+    mambas = {"mamba", "mamba2"} & set(named)
+    if tie_projections and not (bidirectional and mambas):
         raise InputError("tie_projections is for mamba and mamba2 with --bidirectional; leave it out, or add that")
-    if d_state is not None and mixer not in ("mamba", "mamba2"):
+    if d_state is not None and not mambas:
         raise InputError(f"d_state is {d_state}, but {mixer} has no such size; leave it out")
-    state: dict[str, Any] = {} if d_state is None else {"d_state": d_state}
-    if mixer in ("attention", "cnn") and bidirectional:
-        raise InputError(f"{mixer} has no option bidirectional; leave it out")
-    if mixer == "cnn":
-        return presets.cnn(d_model, n_layer)
-    if mixer == "attention":
-        return presets.attention(d_model, n_layer, num_heads=max(1, d_model // 64))
-    if mixer == "lstm":
-        return presets.lstm(d_model, n_layer, bidirectional=bidirectional)
-    preset = presets.mamba if mixer == "mamba" else presets.mamba2
-    return preset(d_model, n_layer, bidirectional=bidirectional, tie_projections=tie_projections, **state)
+    if "attention" in named and bidirectional:
+        raise InputError("attention has no option bidirectional; leave it out")
+    state = {} if d_state is None else {"d_state": d_state}
+    both = {"bidirectional": bidirectional}
+    presets_of = {
+        "mamba": lambda n: presets.mamba(d_model, n, **both, tie_projections=tie_projections, **state),
+        "mamba2": lambda n: presets.mamba2(d_model, n, **both, tie_projections=tie_projections, **state),
+        "attention": lambda n: presets.attention(d_model, n, num_heads=max(1, d_model // 64)),
+        "lstm": lambda n: presets.lstm(d_model, n, **both),
+        "cnn": lambda n: presets.cnn(d_model, n),
+    }
+    order = list(islice(cycle(named), n_layer))
+    parts = {name: presets_of[name](count) for name, count in Counter(order).items()}
+    layers = {name: iter(part.layers) for name, part in parts.items()}
+    mlp_expand = max((part.mlp_expand for part in parts.values()), default=0.0)
+    return BackboneConfig(d_model=d_model, layers=tuple(next(layers[name]) for name in order), mlp_expand=mlp_expand)

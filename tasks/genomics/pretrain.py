@@ -15,7 +15,7 @@ from seqmodels.config import HeadConfig, ModelConfig
 from seqmodels.errors import InputError
 from seqmodels.files import replacing
 from seqmodels.heads import IGNORED
-from seqmodels.tasks.genomics.backbones import Mixer, choose_backbone, kmer_config
+from seqmodels.tasks.genomics.backbones import choose_backbone, kmer_config
 from seqmodels.tasks.genomics.datasets import GenomeWindows
 from seqmodels.tasks.genomics.genome import (
     Genome,
@@ -60,7 +60,7 @@ def pretrain(
     mask_fraction: float = 0.15,
     soft_mask_weight: float = 1.0,
     reverse_complement: bool = True,
-    mixer: Mixer | None = None,
+    mixer: str | None = None,
     tie_projections: bool = False,
     strands: Literal["one", "equivariant"] | None = None,
     d_model: int | None = None,
@@ -109,7 +109,8 @@ def pretrain(
         soft_mask_weight: How much bases in lower case (repeats) count in the training loss: 1 as much as others, 0 not
             at all. In validation all count alike.
         reverse_complement: Whether each training window is read on the other strand half of the time.
-        mixer: Kind of layer; otherwise mamba2. With masked-token, layers read both directions.
+        mixer: Kind of layer: mamba2 (the default), mamba, attention, lstm or cnn; or several with commas, which take
+            turns, as cnn,mamba2. With masked-token, layers read both directions.
         tie_projections: With masked-token and mamba or mamba2: share the projections of both directions, as Caduceus.
         strands: equivariant, with masked-token: both strands are read, with the same weights (Caduceus-PS).
         d_model: Width; otherwise 128.

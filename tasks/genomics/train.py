@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from seqmodels.config import HeadConfig, ModelConfig, Targets
 from seqmodels.errors import InputError
 from seqmodels.files import write_json
-from seqmodels.tasks.genomics.backbones import Mixer, Strands, choose_backbone, kmer_config
+from seqmodels.tasks.genomics.backbones import Strands, choose_backbone, kmer_config
 from seqmodels.tasks.genomics.bases import WINDOW, BaseData, LabelledBases, cut_validation, load_bases, split_bases
 from seqmodels.tasks.genomics.datasets import Augmentation, RecordData, WindowData, parse_lengths, training_data
 from seqmodels.tasks.genomics.kmers import fit_kmers
@@ -42,7 +42,7 @@ def train(
     validation_windows: int = 40,
     reverse_complement: bool = True,
     mutation_rate: float = 0.0,
-    mixer: Mixer | None = None,
+    mixer: str | None = None,
     bidirectional: bool = False,
     tie_projections: bool = False,
     strands: Strands | None = None,
@@ -151,7 +151,8 @@ def train(
         reverse_complement: Whether each training sequence is read on the other strand half of the time.
         mutation_rate: Part of the bases of each training sequence that another base replaces, anew each time it is
             read, so that a model learns to recognise relatives of what it was shown.
-        mixer: Kind of layer; otherwise mamba2.
+        mixer: Kind of layer: mamba2 (the default), mamba, attention, lstm or cnn; or several with commas, which take
+            turns, as cnn,mamba2.
         bidirectional: Whether layers read both directions; long records then need main memory for every base.
         tie_projections: With bidirectional mamba or mamba2: share the projections of both directions, as Caduceus.
         strands: Which strands the model reads. one: the sequence as given. conjoined: as given while training, and

@@ -392,7 +392,8 @@ TINY += "--widths [16,16] --depths [1,1] --pools [4] --head-dim 8 --clips.valida
 
 
 def test_a_model_of_text_is_trained_and_told_the_words_of_a_column(sounds, tmp_path, capsys):
-    flags = "--clips.text word --outer s4d --centre attention --heads 2 --training.keep both --clips.silence 0.01 --clips.label-dropout 0"
+    flags = "--clips.text word --outer s4d --centre attention --heads 2 --training.keep both --clips.silence 0.01 "
+    flags += "--clips.label-dropout 0"
     assert main(["audio", "train", str(sounds), str(tmp_path / "run"), *(TINY + flags).split()]) == 0
     model = seqmodels.load(capsys.readouterr().out.strip())
     assert (model.config.tokenizer["text"], model.config.vocab_size) == (16, 258 + 256)

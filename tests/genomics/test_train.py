@@ -9,9 +9,18 @@ import torch
 import seqmodels
 from seqmodels import presets
 from seqmodels.caduceus import save_caduceus
-from seqmodels.config import BidirectionalConfig, HeadConfig, MambaConfig, ModelConfig, StrandsConfig
+from seqmodels.config import (
+    BidirectionalConfig,
+    ConvConfig,
+    HeadConfig,
+    Mamba2Config,
+    MambaConfig,
+    ModelConfig,
+    StrandsConfig,
+)
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics import datasets
+from seqmodels.tasks.genomics.backbones import choose_backbone
 from seqmodels.tasks.genomics.classify import classify
 from seqmodels.tasks.genomics.datasets import RecordData
 from seqmodels.tasks.genomics.evaluate import evaluate
@@ -122,7 +131,7 @@ def test_windows_grow_over_as_many_steps_when_steps_go_by_bases(tmp_path, monkey
     assert lengths == [[16] * 4] * 2 + [[32] * 4] * 2 + [[64] * 4] * 2 + [[128] * 4] * 2
 
 
-@pytest.mark.parametrize("mixer", ["mamba", "attention", "lstm"])
+@pytest.mark.parametrize("mixer", ["mamba", "attention", "lstm", "cnn,mamba2"])
 def test_every_mixer_trains_on_windows_of_long_records(tmp_path, mixer):
     torch.set_num_threads(1)
     rng = np.random.default_rng(2)
@@ -132,13 +141,22 @@ def test_every_mixer_trains_on_windows_of_long_records(tmp_path, mixer):
         lines.append(f"{pair}.fa,{pair},{pair} species")
     (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
     options = {k: v for k, v in TINY.items() if k != "d_state"}
-    bidirectional = mixer == "lstm"
+    bidirectional = mixer in ("lstm", "cnn,mamba2")
     train(
         tmp_path, tmp_path / "run", window="40,100", batch_tokens=400, mixer=mixer, bidirectional=bidirectional,
         **options, training=training(max_steps=4, validate_every=2),
     )  # fmt: skip
     assert evaluate(str(tmp_path / "run" / "model"), tmp_path, window="100", resamples=5, device="cpu") == 0
     assert seqmodels.load(tmp_path / "run" / "model").causal is not bidirectional
+
+
+def test_layers_of_several_kinds_take_turns_and_convolutions_reach_further_one_after_the_other():
+    options = {"kmer": None, "strands": None, "bidirectional": True, "tie_projections": False}
+    backbone = choose_backbone(None, "cnn,cnn,mamba2", 64, 7, 4, **options)
+    both = BidirectionalConfig(mixer=Mamba2Config(d_state=4))
+    conv = [ConvConfig(dilation=2 ** (i // 2)) for i in range(5)]
+    assert backbone.layers == (conv[0], conv[1], both, conv[2], conv[3], both, conv[4])
+    seqmodels.build(ModelConfig(vocab_size=16, backbone=backbone, head=HeadConfig(task="masked_token")))
 
 
 @pytest.mark.parametrize("strands", ["conjoined", "equivariant"])
@@ -190,6 +208,7 @@ def test_layers_are_taken_from_the_start_unless_described(table, tmp_path, run, 
         ({"start_from": "spoken-digits"}, "spoken-digits is not a model of the tokens of DNA"),
         ({"window": "1000", "batch_tokens": 100}, "batch_tokens is 100, less than one window of 1000"),
         ({"window": "ten"}, "window is 'ten'"),
+        ({"mixer": "cnn,mamba3"}, "mixer is 'cnn,mamba3'; expected one of mamba, mamba2, attention"),
         ({"mixer": "lstm", "d_state": 4}, "lstm has no such size"),
         ({"mixer": "attention", "bidirectional": True}, "attention has no option bidirectional"),
         ({"validation_fraction": 2.0}, "validation_fraction is 2.0"),
