@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import math
 
 import numpy as np
@@ -7,11 +8,12 @@ import torch
 from Bio.Seq import Seq
 
 import seqmodels
-from seqmodels import cli
-from seqmodels.config import HeadConfig
+from seqmodels import cli, presets
+from seqmodels.backbone import Backbone
+from seqmodels.config import HeadConfig, StrandsConfig
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.genome import read_genome
-from seqmodels.tasks.genomics.tokens import encode
+from seqmodels.tasks.genomics.tokens import COMPLEMENT_MAP, encode
 from seqmodels.tasks.genomics.variants import Scorer, variants
 
 HEADER = "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
@@ -28,9 +30,12 @@ def reference(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(make_model):
+    masked, mamba2 = HeadConfig(task="masked_token"), presets.mamba2(16, 2, d_state=8, head_dim=16, bidirectional=True)
+    equivariant = dataclasses.replace(mamba2, strands=StrandsConfig(complement_map=COMPLEMENT_MAP))
     return {
         "next_token": make_model(head=HeadConfig(task="next_token")),
-        "masked_token": make_model(head=HeadConfig(task="masked_token"), bidirectional=True),
+        "masked_token": make_model(head=masked, bidirectional=True),
+        "both strands": make_model(head=masked, backbone=equivariant),
         "sequence": make_model(),
     }
 
@@ -80,7 +85,7 @@ def find_substitution(text, start):
     return "ACGT"[("ACGT".index(text[start]) + 1) % 4]
 
 
-@pytest.mark.parametrize("task", ["next_token", "masked_token"])
+@pytest.mark.parametrize("task", ["next_token", "masked_token", "both strands"])
 def test_the_ratio_of_each_strand_is_what_its_definition_gives_in_float64(
     reference, models, task, tmp_path, one_thread
 ):
@@ -132,6 +137,26 @@ def test_distances_and_changes_of_probabilities_are_those_of_the_windows_read_al
         assert float(row["distance"]) == pytest.approx(float((means[1] - means[0]).norm()), rel=1e-3)
         cosine = 1 - torch.nn.functional.cosine_similarity(means[0], means[1], dim=0)
         assert float(row["cosine_distance"]) == pytest.approx(float(cosine), rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "distance", "read"),
+    [
+        ("next_token", True, 6),  # the reference and two alleles, on each strand
+        ("masked_token", True, 8),  # and with the base hidden
+        ("masked_token", False, 2),
+        ("both strands", True, 4),
+        ("both strands", False, 1),
+        ("sequence", False, 6),
+    ],
+)
+def test_no_window_is_read_twice(reference, models, name, distance, read, tmp_path, monkeypatch, one_thread):
+    path, text = reference
+    vcf = write_vcf(tmp_path / "v.vcf", text, [(100, 1, ",".join(c for c in "ACGT" if c != text[100])[:3])])
+    forward, windows = Backbone.forward, []
+    monkeypatch.setattr(Backbone, "forward", lambda self, ids: (windows.extend(ids.tolist()), forward(self, ids))[1])
+    assert variants(vcf, path, models[name], tmp_path / "o.tsv", context=CONTEXT, device="cpu", distance=distance) == 0
+    assert len(windows) == len(set(map(tuple, windows))) == read
 
 
 @pytest.fixture
