@@ -103,7 +103,8 @@ def test_a_shipped_model_answers_on_a_gpu_as_on_a_cpu(name, tokens):
     assert (got - want).norm() <= 1e-5 * want.norm()
 
 
-MIXERS = MambaConfig(d_state=16), BidirectionalConfig(mixer=Mamba2Config(d_state=32, head_dim=32)), Mamba2Config()
+MAMBA2 = Mamba2Config(head_dim=32, d_state=16)  # as in BACKBONES: kernels of no other sizes are compiled
+MIXERS = MambaConfig(d_state=16), BidirectionalConfig(mixer=MAMBA2), MAMBA2
 CONFIG = ModelConfig(
     vocab_size=16, backbone=BackboneConfig(d_model=64, layers=MIXERS), head=HeadConfig(task="masked_token")
 )
