@@ -84,11 +84,11 @@ class GradientGraphs:
     @contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         """A context whose kernels are recorded. Where that fails, PyTorch goes on with dropout and memory as before."""
+        mode = "thread_local"  # other threads may allocate pinned memory meanwhile
         try:
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),  # again, also where recording fails
-                # other threads may allocate pinned memory meanwhile
-                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode),
             ):
                 yield
         except RuntimeError:  # CUDAGraph.capture_end may have left memory pool and generator in their recording mode
@@ -97,7 +97,8 @@ class GradientGraphs:
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
                 torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
             nothing = torch.zeros((), device=torch.cuda.current_device())
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):  # a recording that succeeds ends the generator's mode, too
+            # a recording that succeeds ends the generator's mode, too
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode=mode):
                 nothing.zero_()
             raise
 
