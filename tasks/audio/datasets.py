@@ -7,9 +7,11 @@ import numpy as np
 import torch
 
 from seqmodels.heads import IGNORED
+from seqmodels.tasks.audio.noise import roughened
 from seqmodels.tasks.audio.waveform import MuLaw, peak_normalise
 
 MULTIPLE = 256  # padded lengths are multiples of this, so that few shapes occur
+QUIETEST_NOISE = 30.0  # dB signal to noise: less noise than that is hardly heard
 BEGIN, END = -np.inf, np.inf  # what stands for BOS and EOS among samples
 
 
@@ -86,10 +88,12 @@ def gather(
     *,
     gains: np.ndarray | None = None,
     silences: np.ndarray | None = None,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, torch.Tensor]:
     """One batch {"ids", "targets"} (b, width) of pieces; padding has id 0 and target -100.
 
     `gains` (b,) multiply the samples; `silences` (b,) steps of silence follow the first step, which is BOS.
+    `change` then makes other samples, as many, of those of each row.
     """
     steps = np.arange(width + 1)
     silent = np.zeros_like(lengths) if silences is None else silences
@@ -98,6 +102,10 @@ def gather(
     samples[(steps > 0) & (steps <= silent[:, None])] = 0
     if gains is not None:
         samples = np.where(np.isfinite(samples), samples * gains[:, None].astype(np.float32), samples)
+    if change is not None:
+        real = np.isfinite(samples) & (steps <= (lengths + silent)[:, None])
+        for row, own in zip(samples, real, strict=True):
+            row[own] = change(row[own])
     inside, tokens = steps[:-1] < (lengths + silent)[:, None], clips.tokens(samples)
     ids, targets = np.where(inside, tokens[:, :-1], 0), np.where(inside, tokens[:, 1:], IGNORED)
     return {"ids": torch.from_numpy(ids), "targets": torch.from_numpy(targets)}
@@ -161,6 +169,10 @@ class ClipData:
     "Decibels by which a clip gets quieter at most, at random."
     silence: int = 0
     "Samples of silence before a clip at most, at random."
+    noise: float | None = None
+    "Signal-to-noise ratio in dB down to which half of the clips are noisy; None means that none is."
+    mask: int = 0
+    "Samples at most, at random, of a stretch that half of the clips lose to silence."
     _plans: dict = field(default_factory=dict, repr=False)
     _starts: list = field(default_factory=lambda: [0], repr=False)
 
@@ -171,7 +183,7 @@ class ClipData:
         members, width = plan.groups[index]
         batch = gather(
             self.train, plan.offsets[members], plan.lengths[members], width,
-            gains=plan.gains[members], silences=plan.silences[members],
+            gains=plan.gains[members], silences=plan.silences[members], change=self._change(step),
         )  # fmt: skip
         clips, n = plan.clips[members], len(self.not_given)
         rng = np.random.default_rng((self.seed, 1, step))  # for each label, the text, and all of them at once
@@ -182,6 +194,23 @@ class ClipData:
             batch["conditions"] = torch.from_numpy(labels)
         texts = np.where(withheld[n], self.train.mu_law.nul, self.train.texts[clips])
         return after_text(batch, texts)
+
+    def _change(self, step: int) -> Callable[[np.ndarray], np.ndarray] | None:
+        """What is done to the samples of each row of this step's batch, if anything."""
+        if self.noise is None and not self.mask:
+            return None
+        rng, peak = np.random.default_rng((self.seed, 2, step)), self.train.mu_law.peak
+
+        def change(samples: np.ndarray) -> np.ndarray:
+            if self.noise is not None:
+                samples = roughened(samples, (self.noise, max(self.noise, QUIETEST_NOISE)), 0.5, rng)
+                samples = samples * np.float32(min(1.0, peak / max(peak, np.abs(samples).max(initial=0.0))))
+            if self.mask and rng.random() < 0.5:
+                start, count = rng.integers(0, len(samples) + 1), rng.integers(1, self.mask + 1)
+                samples[start : start + count] = 0  # a copy of the row's
+            return samples
+
+        return change
 
     def tokens(self, step: int) -> int:
         """Samples of the batch of this step."""

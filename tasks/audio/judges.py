@@ -26,6 +26,7 @@ from seqmodels.checkpoint import read_json, read_tensors, write_tensors
 from seqmodels.display import aligned
 from seqmodels.errors import InputError
 from seqmodels.files import make_folder, write_json
+from seqmodels.tasks.audio.noise import add_noise, roughened
 from seqmodels.tasks.audio.tables import open_recordings, parse_conditions, split_rows, split_rules
 from seqmodels.tasks.audio.waveform import peak_normalise
 
@@ -33,6 +34,7 @@ FORMAT = "longseq-judges-1"
 RATIOS = (None, 20, 10, 5, 0)  # dB signal to noise at which judges are tested; None: as recorded
 WIDTHS, SIZES = (24, 48, 64, 80), (5, 3, 3, 3)  # of the network's convolutions
 STRIDES = ((2, 1), (2, 2), (2, 1), (1, 2))  # theirs over bands and frames
+NOISY = 0.9  # of the clips from which they learn
 FEATURES = 96  # that the network makes of a clip
 MOST_VECTORS = 12000  # training clips of a support vector machine, noisy copies included
 
@@ -230,21 +232,6 @@ def _even(shapes: np.ndarray) -> np.ndarray:
     return (shapes - shapes.mean(1, keepdims=True)) / (shapes.std(1, keepdims=True) + 1e-3)
 
 
-def add_noise(wave: np.ndarray, ratio: float, rng: np.random.Generator, slope: float = 0.0) -> np.ndarray:
-    """A clip with noise at a signal-to-noise ratio in dB, whose power falls as frequency**-slope (0: white)."""
-    noise = rng.standard_normal(len(wave))
-    if slope:
-        spectrum = np.fft.rfft(noise)
-        noise = np.fft.irfft(spectrum * np.arange(1, len(spectrum) + 1) ** (-slope / 2), len(wave))
-    power = np.mean(np.square(wave)) / np.mean(np.square(noise)) * 10 ** (-ratio / 10)
-    return (wave + np.sqrt(power) * noise).astype(np.float32)
-
-
-def _roughened(wave: np.ndarray, config: JudgeConfig, rng: np.random.Generator) -> np.ndarray:
-    slope = rng.uniform(0, 2) if rng.random() < 1 / 3 else 0.0
-    return add_noise(wave, rng.uniform(*config.noisy), rng, slope) if rng.random() < 0.9 else wave
-
-
 def train_network(
     waves: Sequence[np.ndarray],
     labels: np.ndarray,
@@ -268,7 +255,7 @@ def train_network(
             for rows in rng.permuted(np.arange(-(-len(order) // config.batch))):
                 members = order[rows * config.batch : (rows + 1) * config.batch]
                 if len(members) > 1:  # of which a batch norm has a variance
-                    bands, lengths = ear([_roughened(waves[i], config, rng) for i in members])
+                    bands, lengths = ear([roughened(waves[i], config.noisy, NOISY, rng) for i in members])
                     for clip in bands:
                         if rng.random() < 0.5:
                             low, count = rng.integers(config.bands), rng.integers(1, 1 + config.bands // 6)
@@ -294,7 +281,8 @@ def train_support_vectors(
     if (1 + copies) * len(rows) > MOST_VECTORS:
         rows = rng.choice(rows, MOST_VECTORS // (1 + copies), replace=False)
     ear, shapes = Ear(config), []
-    heard = [waves[i] for i in rows] + [_roughened(waves[i], config, rng) for _ in range(copies) for i in rows]
+    heard = [waves[i] for i in rows]
+    heard += [roughened(waves[i], config.noisy, NOISY, rng) for _ in range(copies) for i in rows]
     for start in range(0, len(heard), 64):
         shapes += stretched(*ear(heard[start : start + 64]), config.frames)
     x = _even(np.stack(shapes))

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from seqmodels.checkpoint import read, resolve
 from seqmodels.config import BackboneConfig, ConditionConfig, HeadConfig, ModelConfig, MultiscaleConfig
 from seqmodels.errors import InputError
 from seqmodels.heads import build
 from seqmodels.tasks.audio.backbones import Block, choose_backbone
 from seqmodels.tasks.audio.datasets import ClipData, LabelData, lay_out
 from seqmodels.tasks.audio.tables import open_recordings, parse_conditions, split_rows, split_rules, texts_of
-from seqmodels.tasks.audio.waveform import MuLaw
+from seqmodels.tasks.audio.waveform import MuLaw, mu_law_of
 from seqmodels.training import TrainingConfig, first_process, fit
 
 TEXT_MULTIPLE = 16  # tokens of text are a multiple of this, so that prompts may be a little longer than those known
@@ -41,12 +42,20 @@ class DataConfig:
     """Longest context: longer recordings are cut into pieces of so many samples; 0 means as many as a batch has."""
     speed_change: int = 6
     "Percent by which half of the clips are slower or faster at most, pitch included; 0 means none."
+    speeds: int = 4
+    "Other speeds that there are, an even number, evenly spread; memory holds the clips once for each."
     flip: bool = False
     "Whether half of the clips change their sign."
     quieter: float = 0.0
     "Decibels by which a clip gets quieter at most, at random; as recorded, its peak is brought to 0.95."
     silence: float = 0.0
     "Seconds of silence before a clip at most, at random."
+    noise: float | None = None
+    """Decibels down to which the signal-to-noise ratio of half of the clips goes (from 30), in white noise or noise
+    that slopes towards low frequencies; for classifiers, as a generating model would learn to make it."""
+    mask: float = 0.0
+    """Seconds at most of a stretch that half of the clips lose to silence, so that a classifier listens to all of a
+    clip (SpecAugment's mask of time, on samples); 0 means none."""
     label_dropout: float = 0.1
     """Probability with which each label is withheld, or the text, and again that of withholding all at once, so that
     the model can also do without (as --guidance needs)."""
@@ -59,7 +68,11 @@ class DataConfig:
                 raise InputError(f"{name} is {value}; expected 0 to {most}")
         if self.longest < 0:
             raise InputError(f"longest is {self.longest}; expected a number of samples, or 0")
-        for name, value in (("quieter", self.quieter), ("silence", self.silence)):
+        if self.speeds < 2 or self.speeds % 2:
+            raise InputError(f"speeds is {self.speeds}; expected an even number: as many slower as faster ones")
+        if self.noise is not None and not -60 <= self.noise <= 60:
+            raise InputError(f"noise is {self.noise}; expected -60 to 60 decibels of signal to noise, such as 5")
+        for name, value in (("quieter", self.quieter), ("silence", self.silence), ("mask", self.mask)):
             if not 0 <= value <= 60:
                 raise InputError(f"{name} is {value}; expected 0 to 60")
 
@@ -78,17 +91,18 @@ def train(
     classify: str | None = None,
     clips: DataConfig = CLIPS,
     training: TrainingConfig = RECIPE,
-    widths: tuple[int, ...] = (128, 192, 256),
-    depths: tuple[int, ...] = (4, 4, 6),
-    pools: tuple[int, ...] = (4, 4),
-    outer: Block = "mamba2",
+    start_from: str | None = None,
+    widths: tuple[int, ...] | None = None,
+    depths: tuple[int, ...] | None = None,
+    pools: tuple[int, ...] | None = None,
+    outer: Block | None = None,
     centre: Block | None = None,
     bidirectional: bool = False,
     d_state: int | None = None,
-    head_dim: int = 64,
-    heads: int = 4,
-    window: int = 0,
-    mlp_expand: float = 0.0,
+    head_dim: int | None = None,
+    heads: int | None = None,
+    window: int | None = None,
+    mlp_expand: float | None = None,
     dropout: float = 0.1,
 ) -> None:
     """Train a model that generates sound like some recordings, or with --classify one that tells their label.
@@ -103,24 +117,30 @@ def train(
         classify: Column of the label that a classifier is to tell; without, the model generates.
         clips: Which recordings, which labels, and how batches are made.
         training: How to train.
-        widths: Width of each stage of the U-Net, the finest first.
-        depths: Blocks of each stage: on the way down and again on the way up; the last stage is the centre.
-        pools: Steps of each stage that make one step of the next; [] for a flat stack.
-        outer: Kind of block: mamba2, mamba, s4d (S4D-Lin), s4d-inv, s4d-real, or attention.
+        start_from: A model of sound (name or folder) whose layers and weights are taken over, to go on with other
+            recordings or, with --classify, to tell labels by what it hears. Labels of the same name and value are known
+            at once, others are learned anew. The options that follow, except dropout, are then its own.
+        widths: Width of each stage of the U-Net, the finest first; by default [128,192,256].
+        depths: Blocks of each stage: on the way down and again on the way up; the last stage is the centre. By default
+            [4,4,6].
+        pools: Steps of each stage that make one step of the next, by default [4,4]; [] for a flat stack.
+        outer: Kind of block: mamba2 (default), mamba, s4d (S4D-Lin), s4d-inv, s4d-real, or attention.
         centre: Kind of block at the coarsest stage, if it is another.
         bidirectional: Whether the blocks of a flat classifier read both ways.
         d_state: State size of the blocks; by default 16 for mamba, else 64.
-        head_dim: Head size of mamba2's blocks; must divide twice every width.
-        heads: Heads of attention; must divide its widths into even sizes.
-        window: Steps of its stage that attention sees; 0 means all.
-        mlp_expand: Hidden width of a gated MLP after each block, in units of the width; 0 means none.
+        head_dim: Head size of mamba2's blocks, by default 64; must divide twice every width.
+        heads: Heads of attention, by default 4; must divide its widths into even sizes.
+        window: Steps of its stage that attention sees; by default, and with 0, all.
+        mlp_expand: Hidden width of a gated MLP after each block, in units of the width; by default none.
         dropout: Dropout while training.
     """
+    start = None if start_from is None else read(resolve(start_from))[0]
+    tokens = None if start is None else mu_law_of(start.tokenizer)
     backbone = choose_backbone(
-        widths, depths, pools, outer=outer, centre=centre, d_state=d_state, head_dim=head_dim, heads=heads,
+        start, widths, depths, pools, outer=outer, centre=centre, d_state=d_state, head_dim=head_dim, heads=heads,
         window=window, mlp_expand=mlp_expand, dropout=dropout, bidirectional=bidirectional,
     )  # fmt: skip
-    examples, conditions, mu_law = load_data(data, clips, classify)
+    examples, conditions, mu_law = load_data(data, clips, classify, tokens)
     config = model_config(
         backbone, conditions, mu_law, classify=classify is not None, guidance=GUIDANCE if clips.label_dropout else 1.0
     )
@@ -130,18 +150,23 @@ def train(
         labels = ", ".join(f"{c.name} ({len(c.values)})" for c in conditions) or "none"
         text = f"; text: {clips.text}, at most {mu_law.text} bytes" if mu_law.text else ""
         print(f"{counts}; labels: {labels}{text}; {examples.steps_per_epoch()} batches per epoch", file=sys.stderr)
-    folder = fit(config, examples if classify is None else LabelData(examples), training, run)
+    folder = fit(config, examples if classify is None else LabelData(examples), training, run, start_from=start_from)
     if first_process():
         print(folder)
 
 
 def load_data(
-    folder: Path, config: DataConfig, classify: str | None = None
+    folder: Path, config: DataConfig, classify: str | None = None, start: MuLaw | None = None
 ) -> tuple[ClipData, tuple[ConditionConfig, ...], MuLaw]:
     """Training data, the conditions found in its table, and its tokens, from a folder or zip of recordings.
 
-    With `classify` the one condition is the label to be told, which every clip has.
+    With `classify` the one condition is the label to be told, which every clip has. With `start` tokens are those.
     """
+    if start is not None and start.sample_rate != config.sample_rate:
+        raise InputError(
+            f"the model to start from hears {start.sample_rate} Hz, not {config.sample_rate}; give "
+            f"--clips.sample-rate {start.sample_rate}"
+        )
     recordings = open_recordings(folder, config.table)
     if classify is not None and (config.conditions or config.text):
         raise InputError("a classifier is told nothing; leave out --clips.conditions and --clips.text")
@@ -159,8 +184,17 @@ def load_data(
     longest = max(len((text or "").strip().encode()) for text in texts)
     if config.text is not None and longest == 0:
         raise InputError(f"--clips.text is {config.text!r}, a column without any text; name another")
-    mu_law = MuLaw(sample_rate=config.sample_rate, text=-(-longest // TEXT_MULTIPLE) * TEXT_MULTIPLE)
-    tempo = {config.speed_change, config.speed_change // 2} - {0}
+    text = -(-longest // TEXT_MULTIPLE) * TEXT_MULTIPLE
+    mu_law = start or MuLaw(sample_rate=config.sample_rate, text=text)
+    if mu_law.text and classify is not None:
+        raise InputError("the model to start from reads text, which a classifier does not; start from another")
+    if text > mu_law.text:
+        raise InputError(
+            f"column {config.text!r} has texts of {longest} bytes, and the model to start from reads {mu_law.text}; "
+            "shorten them, or start from another"
+        )
+    half = config.speeds // 2
+    tempo = {config.speed_change * n // half for n in range(1, half + 1)} - {0}
     speeds = {"train": sorted(100 + sign * percent for percent in tempo for sign in (-1, 1)), "validation": []}
     clips = {
         name: lay_out(
@@ -182,6 +216,8 @@ def load_data(
         flip=config.flip,
         quieter=config.quieter,
         silence=round(config.silence * config.sample_rate),
+        noise=config.noise,
+        mask=round(config.mask * config.sample_rate),
     )
     return data, conditions, mu_law
 

@@ -87,6 +87,26 @@ def test_recordings_without_a_label_are_not_trained_on(sounds):
             load_data(sounds, DataConfig(**options), classified)
 
 
+def test_a_classifier_starts_with_what_a_generating_model_hears(sounds, tmp_path, capsys):
+    told = (ConditionConfig(name="word", values=WORDS), ConditionConfig(name="speaker", values=("ann", "theo")))
+    for name in BACKBONES | {"flat": mamba2(16, 1, d_state=8, head_dim=8)}:
+        if name == "both-ways":  # which generates nothing
+            continue
+        backbone = BACKBONES.get(name) or mamba2(16, 1, d_state=8, head_dim=8)
+        start = seqmodels.build(model_config(backbone, told, MuLaw()), seed=3).eval()
+        seqmodels.save(start, tmp_path / name)
+        flags = f"--classify word --start-from {tmp_path / name} --clips.validation 0.25 --training.max-steps 1 "
+        flags += "--training.learning-rate 0 --training.device cpu --training.ema-decay 0 --clips.batch-tokens 4096"
+        assert main(["audio", "train", str(sounds), str(tmp_path / f"run-{name}"), *flags.split()]) == 0
+        model = seqmodels.load(capsys.readouterr().out.strip()).eval()
+        assert (model.config.conditions, model.config.head.labels) == ((), WORDS)
+        ids = torch.randint(256, (2, 37), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            expected, _ = start.backbone(ids)  # told nothing
+            found, _ = model.backbone(ids)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_probabilities_do_not_depend_on_batches_chunks_or_neighbours(name, tmp_path):
     model = seqmodels.load(saved(name, tmp_path / "model")).double()

@@ -1,6 +1,7 @@
 """The commands of audio, called as the command line calls them."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -411,6 +412,62 @@ def test_a_model_of_text_is_trained_and_told_the_words_of_a_column(sounds, tmp_p
     table.write_text("file,word\n" + "".join(f"{i}.flac,\n" for i in range(12)))
     with pytest.raises(InputError, match="'word', a column without any text"):
         train(sounds, tmp_path / "other", clips=DataConfig(table=table, text="word"))
+
+
+STILL = "--training.max-steps 1 --training.learning-rate 0 --training.device cpu --training.ema-decay 0 "
+STILL += "--clips.validation 0.25 --clips.batch-tokens 4096 --dropout 0 "
+
+
+def test_labels_keep_their_meaning_whatever_their_order_and_new_ones_are_new(checkpoint, sounds, tmp_path, capsys):
+    table = tmp_path / "table.csv"
+    table.write_text((sounds / "metadata.csv").read_text().replace("one", "four"))
+    flags = STILL + f"--clips.table {table} --clips.conditions speaker,digit=word --start-from {checkpoint}"
+    assert main(["audio", "train", str(sounds), str(tmp_path / "run"), *flags.split()]) == 0
+    start, model = seqmodels.load(checkpoint), seqmodels.load(capsys.readouterr().out.strip())
+    assert [c.values for c in model.config.conditions] == [("ann", "theo"), ("zero", "four", "seven")]
+    ids = torch.randint(256, (1, 33), generator=torch.Generator().manual_seed(0))
+    start, model = start.requires_grad_(False), model.requires_grad_(False)
+    for before, now in (((0, 0), (0, 0)), ((2, 1), (1, 2)), ((3, 2), (2, 3))):  # the last: not given
+        expected, _ = start(ids, conditions=torch.tensor([before]))
+        found, _ = model(ids, conditions=torch.tensor([now]))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    four = model(ids, conditions=torch.tensor([[0, 1]]))[0]
+    assert all(not torch.allclose(four, start(ids, conditions=torch.tensor([[i, 0]]))[0]) for i in range(4))
+
+
+def test_the_first_loss_of_a_model_without_labels_is_that_of_the_start_told_nothing(
+    checkpoint, sounds, tmp_path, capsys
+):
+    flags = (STILL + f"--start-from {checkpoint}").split()
+    assert main(["audio", "train", str(sounds), str(tmp_path / "run"), *flags]) == 0
+    model, start = seqmodels.load(capsys.readouterr().out.strip()), seqmodels.load(checkpoint)
+    data, _, _ = load_data(sounds, DataConfig(validation="0.25", batch_tokens=4096))
+    batch = data.train_batch(0)
+    torch.testing.assert_close(model.loss(batch)[0], start.loss(batch)[0], rtol=1e-6, atol=0)
+
+
+def test_what_contradicts_the_model_to_start_from_is_refused_before_anything_is_written(checkpoint, sounds, tmp_path):
+    other = seqmodels.load(checkpoint)
+    config = dataclasses.replace(other.config, tokenizer={"type": "dna"})
+    seqmodels.save(seqmodels.build(config), tmp_path / "dna")
+    for options, reason in (
+        ({"widths": (16, 16), "head_dim": 8}, "--widths, --head-dim would build other layers"),
+        ({"bidirectional": True}, "--bidirectional would build other layers"),
+        ({"clips": DataConfig(sample_rate=16000)}, "hears 8000 Hz, not 16000; give --clips.sample-rate 8000"),
+        ({"clips": DataConfig(text="word")}, "texts of 5 bytes, and the model to start from reads 0"),
+        ({"start_from": str(tmp_path / "dna")}, "not 'mu_law'"),
+        ({"start_from": str(tmp_path / "missing")}, "no such checkpoint"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            train(sounds, tmp_path / "run", **{"start_from": checkpoint} | options)
+    for options, reason in (
+        ({"speeds": 3}, "speeds is 3"),
+        ({"noise": 99.0}, "noise is 99"),
+        ({"mask": -1}, "mask is"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            DataConfig(**options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_test_or_validation_recording_is_trained_on(sounds):

@@ -332,6 +332,45 @@ def test_a_classifier_reads_the_clip_and_is_asked_for_its_label():
     assert sum(len(batch["targets"]) for batch in LabelData(clips).validation_batches()) == 7
 
 
+def test_half_of_the_clips_are_noisy_down_to_the_ratio_and_never_clipped_the_same_at_every_reading():
+    options = {"speeds": (), "label_dropout": 0.0}
+    clean, noisy = clip_data(**options), clip_data(**options, noise=3.0)
+    ratios, untouched = [], 0
+    for step in range(60):
+        before, after = clean.train_batch(step), noisy.train_batch(step)
+        assert torch.equal(after["targets"], clip_data(**options, noise=3.0).train_batch(step)["targets"])
+        assert noisy.tokens(step) == clean.tokens(step)
+        for a, b in zip(before["targets"], after["targets"], strict=True):
+            assert torch.equal(a < 0, b < 0)
+            assert (b == MU_LAW.eos).sum() == 1
+            x, y = (MU_LAW.decode(t[(t >= 0) & (t < MU_LAW.levels)].numpy()).astype(float) for t in (a, b))
+            assert np.abs(y).max() < 0.99
+            if np.array_equal(x, y):
+                untouched += 1
+                continue
+            gain = (x @ y) / (x @ x)  # noise is nearly orthogonal to the clip
+            ratios.append(10 * np.log10(np.square(x).mean() / np.square(y / gain - x).mean()))
+    assert untouched / (untouched + len(ratios)) == pytest.approx(0.5, abs=0.08)
+    assert min(ratios) > 2.5
+    assert min(ratios) < 5
+    assert max(ratios) > 25
+
+
+def test_half_of_the_clips_lose_a_stretch_no_longer_than_the_mask_to_silence():
+    options = {"speeds": (), "label_dropout": 0.0}
+    clean, masked = clip_data(**options), clip_data(**options, mask=200)
+    kept, lost = clean.train.samples.copy(), []
+    for step in range(60):
+        for a, b in zip(clean.train_batch(step)["ids"], masked.train_batch(step)["ids"], strict=True):
+            changed = (a != b).nonzero().flatten()
+            assert (b[changed] == MU_LAW.levels // 2).all()
+            lost.append(int(changed[-1] - changed[0]) + 1 if len(changed) else 0)
+    assert max(lost) <= 200
+    assert max(lost) > 150
+    assert np.mean(np.array(lost) > 0) == pytest.approx(0.5, abs=0.08)
+    np.testing.assert_array_equal(masked.train.samples, kept)  # the clips themselves lose nothing
+
+
 @pytest.mark.data
 def test_the_spoken_digits_are_what_their_readme_says():
     recordings = open_recordings(Path(os.environ["LONGSEQ_DATA"]) / "audio" / "fsdd")

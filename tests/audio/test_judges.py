@@ -17,12 +17,12 @@ from seqmodels.tasks.audio.judges import (
     JudgeConfig,
     Network,
     SupportVectors,
-    add_noise,
     load_judges,
     train_network,
     train_support_vectors,
 )
 from seqmodels.tasks.audio.measure import Sounds, kept, mean_and_spread
+from seqmodels.tasks.audio.noise import add_noise
 from seqmodels.tasks.audio.tables import open_recordings, split_rows
 from seqmodels.tasks.audio.waveform import write_audio
 
