@@ -32,6 +32,10 @@ class Sizes:
 _GPU_ONLY = Sizes(laptop=None)
 SIZES = {
     **dict.fromkeys(("causal_conv1d", "layers", "rms_norm", "selective_scan", "ssd"), _GPU_ONLY),
+    "audio_training": Sizes(
+        "$LONGSEQ_DATA/audio/fsdd --device cpu --tokens 4096 --widths 32 32 --depths 1 1 --pools 4 --steps 4",
+        "$LONGSEQ_DATA/audio/fsdd --profile",
+    ),
     "batching": Sizes(
         "$LONGSEQ_DATA/genomes/yeast_s288c/S288C.cds.bed.gz --mixers mamba2 --batches 0",
         "$LONGSEQ_DATA/genomes/yeast_s288c/S288C.cds.bed.gz --device cuda --batch-tokens 262144",
