@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,9 +30,9 @@ class Sampling:
     "Only the k most likely tokens; 0 means all."
     top_p: float = 1.0
     "Only the most likely tokens that together reach this probability; 1 means all."
-    guidance: float = 1.0
+    guidance: float | None = None
     """Logits u + guidance * (c - u) of a model told the conditions (c) and not told them (u): classifier-free guidance
-    (Ho and Salimans, 2022). 1 is c alone; above, the conditions say more; 0 is u."""
+    (Ho and Salimans, 2022). 1 is c alone; above, the conditions say more; 0 is u. None: see `guided_by`."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not math.isfinite(self.temperature):
@@ -41,8 +41,13 @@ class Sampling:
             raise InputError(f"top_k is {self.top_k}; expected 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; expected more than 0 and at most 1")
-        if not math.isfinite(self.guidance):
+        if self.guidance is not None and not math.isfinite(self.guidance):
             raise InputError(f"guidance is {self.guidance}; expected a number, 1 for none")
+
+    def guided_by(self, model: Any, told: Any) -> "Sampling":
+        """The same where its guidance is a number; otherwise with the model's own if it is told anything, else 1."""
+        usual = model.config.guidance if told else 1.0
+        return replace(self, guidance=usual if self.guidance is None else self.guidance)
 
 
 class Kept(NamedTuple):
@@ -72,8 +77,8 @@ class Sampler:
         barred: Sequence[int] = (), end: int | None = None, shortest: int = 0, conditions: Tensor | None = None,
     ) -> None:  # fmt: skip
         """after: the logits (rows, vocabulary) after the prompt and the model's state, or what `keep` gave."""
-        device, b = model.device, len(seeds)
-        rows = b if sampling.guidance == 1 else 2 * b
+        device, b, guidance = model.device, len(seeds), 1.0 if sampling.guidance is None else sampling.guidance
+        rows = b if guidance == 1 else 2 * b
         kept = after if isinstance(after, Kept) else None
         logits, state = (None, kept.model) if kept else after
         found = len(kept.ids) if kept else len(logits)
@@ -95,7 +100,7 @@ class Sampler:
         )
         self._options: dict[str, Any] = {
             "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
-            "guidance": sampling.guidance, "end": -1 if end is None else end, "shortest": shortest,
+            "guidance": guidance, "end": -1 if end is None else end, "shortest": shortest,
         }  # fmt: skip
         self._decoder = Decoder(model, state, conditions, self._draw)
         self._draw_numbers()

@@ -88,10 +88,10 @@ def generate(
     import seqmodels
     from seqmodels.checkpoint import choose_device
     from seqmodels.sampling import Sampling
-    from seqmodels.tasks.audio.generate import Heard, is_recording, prompt_labels, usual
+    from seqmodels.tasks.audio.generate import Heard, is_recording, prompt_labels
     from seqmodels.tasks.audio.waveform import is_audio_name, mu_law_of
 
-    Sampling(temperature, top_k, top_p)  # refuses what cannot be before anything is loaded
+    sampling = Sampling(temperature, top_k, top_p, guidance)
     for name, value in (("number", number), ("batch", batch)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; expected at least 1")
@@ -108,14 +108,12 @@ def generate(
     if mu_law.text and text is None and not known:
         prompt, text = None, prompt
     labels, recording = prompt_labels(conditions, prompt, given)
-    if guidance is None:
-        guidance = usual(network, labels or text).guidance
-    sampling = Sampling(temperature, top_k, top_p, guidance)
     request = _Request(
         network, labels, text, sampling, seconds, number, batch, seed, include_prompt, out_rate or mu_law.sample_rate,
         normalize, subtype, picture,
         {
             "model": model, "weights_sha256": weights_sha256(model), "labels": labels, "text": text,
+            "guidance": sampling.guided_by(network, labels or text).guidance,
             "arguments": arguments,
         },
     )  # fmt: skip

@@ -155,11 +155,6 @@ class Generated:
         return "<br>".join(parts) + (f"<p>and {more} more</p>" if more else "")
 
 
-def usual(model: Any, told: Any) -> Sampling:
-    """How sound is drawn unless said otherwise: with the model's own guidance where it is told anything."""
-    return Sampling(guidance=model.config.guidance if told else 1.0)
-
-
 def generate(
     model: Any,
     *,
@@ -211,7 +206,7 @@ def generate_each(
 ) -> Generated:
     """New sound for each of the labels, `batch` items together: item i is generate(labels=labels[i])'s item i."""
     mu_law, limit = mu_law_of(model.config.tokenizer), _limit(model, seconds)
-    sampling = sampling or usual(model, any(labels))
+    sampling = (sampling or Sampling()).guided_by(model, any(labels))
 
     def takes() -> Iterator[tuple[Sampler, State]]:
         for first in range(0, len(labels), batch):
@@ -313,7 +308,7 @@ class Beginning:
         self, model: Any, labels: Mapping[str, str], text: str | None, prompt: np.ndarray | str | Path | Heard | None,
         prompt_rate: int | None, sampling: Sampling | None, seed: int,
     ) -> None:  # fmt: skip
-        sampling = sampling or usual(model, labels or text)
+        sampling = (sampling or Sampling()).guided_by(model, labels or text)
         self.model, self.sampling, self.seed = model, sampling, seed
         self.mu_law = mu_law_of(model.config.tokenizer)
         given = label_ids(model.config.conditions, labels)

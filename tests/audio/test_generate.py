@@ -385,12 +385,12 @@ def test_guided_logits_are_those_of_the_untold_model_moved_towards_the_told_ones
 
 def test_a_model_that_was_trained_for_guidance_is_guided_by_what_it_is_told_unless_said_otherwise(model, monkeypatch):
     monkeypatch.setattr(model, "config", dataclasses.replace(model.config, guidance=2.5))
-    two, one = Sampling(guidance=2.5), Sampling(guidance=1.0)
+    two, one, unsaid = Sampling(0.9, guidance=2.5), Sampling(0.9, guidance=1.0), Sampling(0.9)
     for labels, sampling in ((LABELS, two), ({}, one)):
         wanted = generate(model, labels=labels, seconds=0.03, sampling=sampling)
-        assert_same_item(generate(model, labels=labels, seconds=0.03), 0, wanted, 0)
-        assert_same_item(generate_each(model, [labels], seconds=0.03), 0, wanted, 0)
-        stream = Stream(model, labels=labels, seconds=0.03)
+        assert_same_item(generate(model, labels=labels, seconds=0.03, sampling=unsaid), 0, wanted, 0)
+        assert_same_item(generate_each(model, [labels], seconds=0.03, sampling=unsaid), 0, wanted, 0)
+        stream = Stream(model, labels=labels, seconds=0.03, sampling=unsaid)
         np.testing.assert_array_equal(np.concatenate(list(stream)), wanted.samples[0])
         plain = generate(model, labels=labels, seconds=0.03, sampling=one)
         assert np.array_equal(plain.tokens[0], wanted.tokens[0]) == (sampling is one)
