@@ -204,7 +204,7 @@ class ClipData:
         def change(samples: np.ndarray) -> np.ndarray:
             if self.noise is not None:
                 samples = roughened(samples, (self.noise, max(self.noise, QUIETEST_NOISE)), 0.5, rng)
-                samples = samples * np.float32(min(1.0, peak / max(peak, np.abs(samples).max(initial=0.0))))
+                samples = samples * np.float32(peak / max(peak, np.abs(samples).max(initial=0.0)))  # not clipped
             if self.mask and rng.random() < 0.5:
                 start, count = rng.integers(0, len(samples) + 1), rng.integers(1, self.mask + 1)
                 samples[start : start + count] = 0  # a copy of the row's
