@@ -50,14 +50,15 @@ def run(block: re.Match) -> str:
 
 def speed() -> str:
     """What is recorded of generation, as a table."""
-    lines = ["| machine | made at a time | samples per second (8,000: real time) |", "|---|---|---|"]
+    lines = ["| machine | made at a time | guidance | samples per second (8,000: real time) |", "|---|---|---|---|"]
     long = []
     for path in sorted(RESULTS.glob("*/generate.json")):
         for row in json.loads(path.read_text()):
             where = f"{row['threads']} CPU thread{'s' * (row['threads'] > 1)}" if row["gpu"] == "cpu" else row["gpu"]
             machine = f"{where}, {row['dtype']}"
             if row["pass"] == "decode":
-                lines.append(f"| {machine} | {row['shape']['b']} | {row['samples_per_s']:,} |")
+                shape = row["shape"]
+                lines.append(f"| {machine} | {shape['b']} | {shape['guidance']:g} | {row['samples_per_s']:,} |")
             else:
                 memory = [second[row["columns"].index("mib")] for second in row["each_second"]]
                 long.append(
