@@ -288,7 +288,7 @@ def _prepare_run(config: ModelConfig, training: TrainingConfig, run: Path, tune:
 
 def _take_over(model: Model, start_from: str) -> None:
     (before, tensors), taken = read(resolve(start_from)), []
-    tensors = _told_as(model, before, tensors)
+    tensors = _labelled_as(model, before, _told_as(model, before, tensors))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in tensors and tensors[name].shape == parameter.shape:
@@ -326,6 +326,20 @@ def _told_as(model: Model, before: ModelConfig, tensors: dict[str, Tensor]) -> d
             rows = [condition.values.index(v) if v in condition.values else None for v in now[i].values]
             new = [own[j] if row is None else table[row].to(own) for j, row in enumerate(rows)]
             tensors[name] = torch.stack([*new, table[-1].to(own)])
+    return tensors
+
+
+def _labelled_as(model: Model, before: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, with a classifier's rows for the model's labels: those of equal name, others its own."""
+    was, now, own = before.head.labels, model.config.head.labels, model.state_dict()
+    if was == now or "score.weight" not in own:
+        return tensors
+    tensors = dict(tensors)
+    for name in {"score.weight", "score.bias"} & set(tensors):
+        if tensors[name].shape[1:] != own[name].shape[1:]:  # layers of another form
+            continue
+        rows = [tensors[name][was.index(label)] if label in was else own[name][i] for i, label in enumerate(now)]
+        tensors[name] = torch.stack([row.to(own[name]) for row in rows])
     return tensors
 
 
