@@ -14,6 +14,7 @@ import argparse
 import gc
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from seqmodels.graphs import WARM_UP, GradientGraphs
 from seqmodels.heads import IGNORED
 from seqmodels.presets import multiscale
 from seqmodels.tasks.audio.train import DataConfig, load_data, model_config
-from seqmodels.training import parameter_groups
+from seqmodels.training import parameter_groups, sent
 
 SHOWN = 25
 BATCHES = 4  # of the data, in turn
@@ -40,7 +41,9 @@ class Training:
     def __init__(self, model: Any, batches: list[dict[str, Tensor]], graphs: bool) -> None:
         self.model, self.batches, self.done = model.train(), batches, 0
         self.graphs = GradientGraphs(model) if graphs else None
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, betas=(0.9, 0.95))
+        groups, fused = parameter_groups(model, 0.1), next(model.parameters()).is_cuda
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=fused)
+        self.arriving: Callable[[], list[float]] | None = None  # loss and norm of the step before
         self.averaged = [parameter.detach().clone() for parameter in model.parameters()]
 
     def step(self) -> None:
@@ -53,9 +56,10 @@ class Training:
         if found is None:
             loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if not math.isfinite(loss.detach() + norm):  # waits for the device, as training does
-            raise SystemExit(f"step {self.done}: the loss is {float(loss)}, the norm of its gradient {float(norm)}")
+        before, self.arriving = self.arriving, sent(torch.stack([loss.detach(), norm]))
         self.optimizer.step()
+        if before is not None and not math.isfinite(sum(before())):  # waits for the step before, as training does
+            raise SystemExit(f"step {self.done}: the loss and the norm of its gradient are {before()}")
         with torch.no_grad():
             torch._foreach_lerp_(self.averaged, list(self.model.parameters()), 1e-3)
         self.done += 1

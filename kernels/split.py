@@ -14,7 +14,10 @@ from torch.autograd.function import once_differentiable
 
 
 def split(x: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """x (..., channels) in parts (..., *shape) of neighbouring channels; x is contiguous."""
+    """x (..., channels) in parts (..., *shape) of neighbouring channels; x is contiguous.
+
+    Channels that remain belong to no part, and their gradient is 0.
+    """
     if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
         return _views(x, shapes)
     whole = _Whole(x, shapes)
@@ -36,7 +39,8 @@ def take_all(rooms: "Sequence[_Room | None]") -> tuple[Tensor | None, ...]:
 
 
 def _views(x: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
-    parts = x.split([math.prod(shape) for shape in shapes], -1)
+    sizes = [math.prod(shape) for shape in shapes]
+    *parts, _ = x.split([*sizes, x.shape[-1] - sum(sizes)], -1)
     return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
 
 
@@ -52,6 +56,7 @@ class _Whole:
         """Of all parts."""
         if self.gradient is None:
             self.gradient = torch.empty(**self.form)
+            self.gradient[..., sum(map(math.prod, self.shapes)) :] = 0
         return _views(self.gradient, self.shapes)
 
     def hand_over(self) -> Tensor:

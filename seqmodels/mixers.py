@@ -180,7 +180,7 @@ class Mamba2(nn.Module):
             return self._compiled_step(x, state)
         inner, channels, heads = self.splits
         maps = config.n_groups, config.d_state
-        z, before, dt = split(self.in_proj(x), (inner,), (channels,), (heads,))
+        z, before, dt = split(_aligned(self.in_proj, x), (inner,), (channels,), (heads,))
         A, bias, D = -_wide(self.A_log).exp(), _wide(self.dt_bias), _wide(self.D)
         D = D.view(-1, config.head_dim) if config.D_has_head_dim else D
         with forgotten(self.forgetful) as forget:
@@ -358,6 +358,22 @@ def _initial_dt_bias(config: MambaConfig | Mamba2Config, size: int) -> Tensor:
     low, high = math.log(config.dt_min), math.log(config.dt_max)
     dt = torch.empty(size).uniform_(low, high).exp().clamp(min=config.dt_init_floor)
     return dt + torch.log(-torch.expm1(-dt))
+
+
+def _aligned(linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(x); on a GPU in 16 bits with zeros as more channels, up to a multiple of 8.
+
+    Rows that do not begin at multiples of 16 bytes keep cuBLAS from Hopper's instructions: with 644 channels instead of
+    648 (width 128) the products take three times as long.
+    """
+    more = -linear.out_features % 8
+    if not more or not x.is_cuda or not (x.dtype in _HALF or torch.is_autocast_enabled("cuda")):
+        return linear(x)
+    bias = None if linear.bias is None else F.pad(linear.bias, (0, more))
+    return F.linear(x, F.pad(linear.weight, (0, 0, 0, more)), bias)
+
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def _wide(parameter: Tensor) -> Tensor:

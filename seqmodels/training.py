@@ -11,8 +11,9 @@ The loss of a step is the mean over all that counts in it (targets, labelled seq
 A reader is a process or, with `sequence_parallel` above 1, that many of them: all get the same batches, each takes its
 stretch of every sequence (seqmodels/sequence_parallel.py), and the step is that of one process.
 
-What goes wrong on the way: a loss or gradient that is no number ends the run before it reaches the weights; a batch
-that does not fit into the GPU's memory is read in parts, whose gradients add up to the same step.
+What goes wrong on the way: a loss or gradient that is no number ends the run before it reaches a checkpoint (it is
+looked at one step later, so that the GPU need not wait for the host); a batch that does not fit into the GPU's memory
+is read in parts, whose gradients add up to the same step.
 """
 
 import dataclasses
@@ -392,6 +393,7 @@ class _Task(pl.LightningModule):
         self.state: Any = None  # that the next batch goes on from, if it is carried; as a list of tensors when loaded
         self.mesh: DeviceMesh | None = None  # readers x processes that share their sequences
         self.graphs: GradientGraphs | None = None  # of steps with one batch, on one GPU
+        self.unchecked: tuple[int, Callable[[], list[float]]] | None = None  # the last step, its loss and norm
 
     def setup(self, stage: str) -> None:
         training, device = self.training_config, self.trainer.strategy.root_device.type
@@ -440,9 +442,10 @@ class _Task(pl.LightningModule):
                 self.graphs = None  # their memory is given back first
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training_config.gradient_clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all processes
-        if not math.isfinite(values["loss"] + norm):
-            self._stop(float(values["loss"]), float(norm))
+        number, arriving = self.trainer.global_step + 1, sent(torch.stack([values["loss"], norm]))
         optimizer.step()
+        self._check()  # of the step before, while the GPU computes this one
+        self.unchecked = number, arriving
         self.lr_schedulers().step()  # pyright: ignore
         readers = self.training_config.readers
         self.read = (numbers[-1] // readers + 1) * readers
@@ -548,11 +551,21 @@ class _Task(pl.LightningModule):
     def _try(self, batch: Batch) -> None:
         self._backward(self.model.loss(batch)[0])
 
-    def _stop(self, loss: float, norm: float) -> None:
+    def on_validation_start(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        """Ends the run where the loss, or the gradient, of the step that was not looked at yet is no number."""
+        if self.unchecked is None:
+            return
+        (number, arriving), self.unchecked = self.unchecked, None
+        loss, norm = arriving()
+        if math.isfinite(loss + norm):
+            return
         last = Path(self.trainer.checkpoint_callbacks[-1].dirpath) / "last.ckpt"  # pyright: ignore
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         raise InputError(
-            f"step {self.trainer.global_step + 1}: the loss is {loss:g}, the norm of its gradient {norm:g}; {kept}. "
+            f"step {number}: the loss is {loss:g}, the norm of its gradient {norm:g}; {kept}. "
             "Lower --training.learning-rate, or look at the data"
         )
 
@@ -572,8 +585,9 @@ class _Task(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         training = self.training_config
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, training.weight_decay), lr=training.learning_rate, betas=training.betas
-        )
+            parameter_groups(self.model, training.weight_decay), lr=training.learning_rate, betas=training.betas,
+            fused=self.trainer.strategy.root_device.type == "cuda",
+        )  # fmt: skip
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: schedule(step, training.max_steps, training.warmup, training.final_rate)
         )
@@ -601,6 +615,21 @@ def _end_of_step(data: Any, training: TrainingConfig, start: int) -> int:
         if stop > start and read + more / 2 > training.step_tokens:  # closer without them
             return stop
         stop, read = stop + training.readers, read + more
+
+
+def sent(values: Tensor) -> Callable[[], list[float]]:
+    """Numbers on their way to the host. What is given waits for them, but not for what the GPU is told later."""
+    if not values.is_cuda:
+        return values.tolist
+    here, arrived = torch.empty_like(values, device="cpu", pin_memory=True), torch.cuda.Event()
+    here.copy_(values, non_blocking=True)
+    arrived.record()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return here.tolist()
+
+    return wait
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:
@@ -631,14 +660,21 @@ def _available_memory() -> int:
 
 
 class _MovingAverage(WeightAveraging):
-    """The exponential moving average of the weights; all of them in a few kernels."""
+    """The exponential moving average of the weights, where they are; all of them in a few kernels."""
 
     def __init__(self, decay: float) -> None:
-        def average(kept: list[Tensor], new: list[Tensor], n: Tensor) -> None:
-            steps = int(n)
+        def average(kept: list[Tensor], new: list[Tensor], _: Tensor) -> None:
+            steps = int(self._average_model.n_averaged)  # pyright: ignore
             torch._foreach_lerp_(kept, new, 1 - min(decay, (1 + steps) / (10 + steps)))
 
         super().__init__(use_buffers=False, multi_avg_fn=average)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The model is still on the CPU now; its average would stay there, and each step would fetch the weights."""
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:  # its count stays here, to be read without waiting for the GPU
+            self._average_model.n_averaged = torch.tensor(0)
 
 
 class _AtomicIO(TorchCheckpointIO):

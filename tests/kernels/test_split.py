@@ -55,6 +55,13 @@ def test_however_the_parts_are_used_the_gradient_is_that_of_a_plain_split(forms,
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_channels_of_no_part_get_the_gradient_zero(forms):
+    x = torch.randn(2, 20, 31, generator=torch.Generator().manual_seed(0))
+    got = gradients(split, x, lambda parts: USES["by ops"](*parts))
+    want = gradients(split, x[..., :28], lambda parts: USES["by ops"](*parts))
+    assert torch.equal(got, F.pad(want, (0, 3)))
+
+
 def test_an_op_that_can_writes_its_gradient_where_it_belongs_and_a_second_one_does_not():
     part = split(torch.randn(2, 20, 28, requires_grad=True) * 1, (8,), (16,), (4,))[1]
     place = room(part).take()

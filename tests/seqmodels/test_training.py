@@ -283,20 +283,33 @@ def test_what_makes_a_step_is_said_once_and_only_for_data_that_count_tokens(tmp_
     assert not (tmp_path / "run").exists()
 
 
+class Weights(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (nn.Parameter(torch.zeros(size)) for size in (3, (2, 2)))
+
+    values = property(lambda self: torch.cat([self.one, self.two.flatten()]).detach().double())
+
+
+def trains_on(device):
+    return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+
+
+def test_the_moving_average_lies_where_training_will_be_and_only_its_count_on_the_host():
+    callback = _MovingAverage(0.7)
+    callback.setup(trains_on("meta"), Weights(), "fit")
+    average = callback._average_model
+    assert {parameter.device.type for parameter in average.parameters()} == {"meta"}
+    assert average.n_averaged.device.type == "cpu"
+
+
 def test_the_moving_average_follows_at_once_then_ever_more_slowly_also_when_resumed():
-    class Weights(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = (nn.Parameter(torch.zeros(size)) for size in (3, (2, 2)))
-
-        values = property(lambda self: torch.cat([self.one, self.two.flatten()]).detach().double())
-
     drawn, module, callback = (
         torch.randn(40, 7, generator=torch.Generator().manual_seed(0)),
         Weights(),
         _MovingAverage(0.7),
     )
-    callback.setup(None, module, "fit")
+    callback.setup(trains_on("cpu"), module, "fit")
     wanted = drawn[0].double()
     for n, weights in enumerate(drawn):
         with torch.no_grad():
@@ -313,7 +326,7 @@ def test_the_moving_average_follows_at_once_then_ever_more_slowly_also_when_resu
             checkpoint = {"state_dict": module.state_dict()}
             callback.on_save_checkpoint(None, module, checkpoint)
             checkpoint, module, callback = copy.deepcopy(checkpoint), Weights(), _MovingAverage(0.7)
-            callback.setup(None, module, "fit")
+            callback.setup(trains_on("cpu"), module, "fit")
             callback.on_load_checkpoint(None, module, checkpoint)
 
 
