@@ -3,6 +3,7 @@
 A graph is recorded for each shape of batches that comes again, and replayed for those that follow.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -61,7 +62,7 @@ class GradientGraphs:
         drawn, self._pool = torch.cuda.get_rng_state(), self._pool or torch.cuda.graph_pool_handle()
         inputs, graph = {name: tensor.clone() for name, tensor in batch.items()}, torch.cuda.CUDAGraph()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.model.skip_ignored = _few_targets(batch)
+        self.model.skip_ignored, values = _few_targets(batch), None
         try:
             with _no_waiting():
                 self._gradients(inputs)
@@ -71,12 +72,14 @@ class GradientGraphs:
                 values = self._gradients(inputs)
         except RuntimeError:  # it waits for the GPU, finds no memory beside all else, or meets a loss that is held
             self._refused.add(shape)
-            self.model.zero_grad(set_to_none=True)
-            return False
         finally:
             self.model.skip_ignored = True
             torch.clear_autocast_cache()
             torch.cuda.set_rng_state(drawn)
+        if values is None:
+            self.model.zero_grad(set_to_none=True)
+            gc.collect()  # the failure's frames are a cycle: their loss would be one that is held
+            return False
         gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         self._recorded[shape] = graph, inputs, gradients, values
         return True
