@@ -62,7 +62,7 @@ class GradientGraphs:
         drawn, self._pool = torch.cuda.get_rng_state(), self._pool or torch.cuda.graph_pool_handle()
         inputs, graph = {name: tensor.clone() for name, tensor in batch.items()}, torch.cuda.CUDAGraph()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.model.skip_ignored, values = _few_targets(batch), None
+        self.model.skip_ignored = _few_targets(batch)
         try:
             with _no_waiting():
                 self._gradients(inputs)
@@ -76,7 +76,7 @@ class GradientGraphs:
             self.model.skip_ignored = True
             torch.clear_autocast_cache()
             torch.cuda.set_rng_state(drawn)
-        if values is None:
+        if shape in self._refused:
             self.model.zero_grad(set_to_none=True)
             gc.collect()  # the failure's frames are a cycle: their loss would be one that is held
             return False
