@@ -5,7 +5,10 @@ One run of four processes goes through all cases, on groups of 2, 3 and 4 of the
 
 import copy
 import datetime
+import functools
+import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -143,11 +146,24 @@ def features(model, batch):
     return out
 
 
+@functools.cache
+def alone(case):
+    """What one rank gives: the model with its gradients, features, loss and metrics."""
+    make, names, options, wanted = CASES[case]
+    plain, batch = make(*names, **options), batch_of(**wanted)
+    with torch.no_grad():
+        found = features(plain, batch)
+    loss, metrics = plain.loss(batch)
+    loss.backward()
+    return plain, found, loss.detach(), metrics
+
+
 def same(mesh, case):
     make, names, options, wanted = CASES[case]
-    plain, model, batch = make(*names, **options), parallelise(make(*names, **options), mesh), batch_of(**wanted)
+    plain, want, want_loss, want_metrics = alone(case)
+    model, batch = parallelise(make(*names, **options), mesh), batch_of(**wanted)
     part = split(batch, mesh)
-    want, got = features(plain, batch), features(model, part)
+    got = features(model, part)
     per_step = plain.config.head.task != "sequence"
     close(got[0], split(want[0], mesh) if per_step else want[0], "logits")
     if want[1]:
@@ -155,12 +171,11 @@ def same(mesh, case):
         layers = [pair for pair in zip(got[1].layers, want[1].layers, strict=True) if pair[1] is not None]
         for mine, right in [*recent, *((m, r) for pair in layers for m, r in zip(*pair, strict=True))]:
             close(mine, right, "final state")
-    (want, want_metrics), (got, got_metrics) = plain.loss(batch), model.loss(part)
-    close(got, want, "loss")
+    loss, metrics = model.loss(part)
+    close(loss, want_loss, "loss")
     for name, value in want_metrics.items():
-        close(got_metrics[name], value, name)
-    want.backward()
-    got.backward()
+        close(metrics[name], value, name)
+    loss.backward()
     reduce_gradients(model, mesh)
     same_gradients(model, plain)
 
@@ -314,7 +329,6 @@ def work(rank, folder):
 
     Groups grow smaller, so that a process that is done waits for nobody. Only one that failed keeps others waiting.
     """
-    torch.set_num_threads(1)
     waiting = datetime.timedelta(seconds=WAITING)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4, timeout=waiting)
     failures = {}
@@ -338,30 +352,33 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 
-def compile_scan():
-    """Compiles the scan for the ranks, which would each compile it at the same time where nothing is cached yet."""
+def launch(folder):
+    """Starts the four ranks, forked once all is imported, compiled and computed that they share."""
+    importlib.import_module("torch._dynamo")  # which FSDP imports when it is first used
+    torch.set_num_threads(1)
+    for case in CASES:
+        alone(case)
+    build("mamba").float().loss(batch_of(2, 20))[0].backward()
     for dtype in (torch.float64, torch.float32):
-        build("mamba").to(dtype).loss(batch_of(2, 20))[0].backward()
         v, m = torch.ones(1, 2, 2, dtype=dtype), torch.ones(1, 2, 1, 2, dtype=dtype)
         selective_scan_cpu.at_edge(v, v, -m[0, :, 0], m, None, True)
+    ranks = [multiprocessing.get_context("fork").Process(target=work, args=(rank, folder)) for rank in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    sys.exit(any(rank.exitcode for rank in ranks))
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
     """What failed on each of the four ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    compile_scan()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([sys.executable, __file__, str(rank), folder], env=environment, stderr=subprocess.PIPE)
-        for rank in range(4)
-    ]
-    try:
-        messages = [process.communicate(timeout=WAITING)[1].decode() for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all(process.returncode == 0 for process in started), "\n".join(messages)
+    forked = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "NUMBA_THREADING_LAYER": "forksafe"}
+    forked |= {"CUDA_VISIBLE_DEVICES": ""}  # with a GPU the backward pass keeps threads, which do not survive a fork
+    command = [sys.executable, __file__, folder]
+    done = subprocess.run(command, env=os.environ | forked, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
 
 
@@ -401,4 +418,4 @@ def test_models_that_cannot_share_a_sequence_say_what_to_use_instead():
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), Path(sys.argv[2]))
+    launch(Path(sys.argv[1]))
