@@ -28,16 +28,17 @@ SEED = 1
 
 def transitions(strands: list[NDArray[np.uint8]]) -> NDArray[np.float64]:
     """Cumulative probabilities (4**ORDER, 4) of the base after each ORDER bases."""
-    counts = np.full((4**ORDER, 4), UNSEEN)
+    counts = np.full(4 ** (ORDER + 1), UNSEEN)
     for tokens in strands:
         known = (tokens >= A) & (tokens <= T)
-        bases = np.where(known, tokens - A, 0).astype(np.int64)
+        bases = np.where(known, tokens - A, 0).astype(np.int32)
         n = len(bases) - ORDER
-        context, usable = np.zeros(n, dtype=np.int64), known[ORDER:].copy()
-        for k in range(ORDER):
-            context = context * 4 + bases[k : k + n]
+        words, usable = np.zeros(n, dtype=np.int32), np.ones(n, dtype=bool)
+        for k in range(ORDER + 1):  # a context and what follows it
+            words = words * 4 + bases[k : k + n]
             usable &= known[k : k + n]
-        np.add.at(counts, (context[usable], bases[ORDER:][usable]), 1)
+        counts += np.bincount(words[usable], minlength=len(counts))
+    counts = counts.reshape(-1, 4)
     return np.cumsum(counts / counts.sum(1, keepdims=True), axis=1)
 
 
