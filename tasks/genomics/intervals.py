@@ -123,7 +123,7 @@ def _bed(line: str, where: str) -> Interval:
         raise InputError(
             f"{where} has {len(columns)} columns; BED has at least chrom, start and end, with tabs between"
         )
-    seq, name, strand = columns[0].strip(), *(columns[i].strip() if len(columns) > i else "" for i in (3, 5))
+    seq, name, strand = columns[0].strip(" "), *(columns[i].strip(" ") if len(columns) > i else "" for i in (3, 5))
     if strand not in _BED_STRANDS and strand:
         raise InputError(f"{where}: the strand {_shown(strand)} is none of +, - and .; it is the sixth column of BED")
     start, end = (_position(columns[i], what, where) for i, what in ((1, "start"), (2, "end")))
@@ -136,8 +136,8 @@ def _gff(line: str, where: str, is_gtf: bool) -> Interval:
     columns = line.split("\t")
     if len(columns) not in (8, 9):
         raise InputError(f"{where} has {len(columns)} columns; {'GTF' if is_gtf else 'GFF3'} has 9, with tabs between")
-    seq, _, feature, *_ = (column.strip() for column in columns)
-    strand = columns[6].strip()
+    seq, _, feature, *_ = (column.strip(" ") for column in columns)
+    strand = columns[6].strip(" ")
     if strand not in ("+", "-", ".", "?"):
         raise InputError(f"{where}: the strand {_shown(strand)} is none of +, -, . and ?; it is the seventh column")
     start, end = (_position(columns[i], what, where) for i, what in ((3, "start"), (4, "end")))
@@ -169,7 +169,7 @@ def _named(interval: Interval, where: str) -> Interval:
 
 
 def _position(text: str, what: str, where: str) -> int:
-    text = text.strip()
+    text = text.strip(" ")  # not of control characters, which other readers do not take for spaces
     if not (text.isascii() and text.isdigit() and len(text) <= 18):
         raise InputError(f"{where}: the {what} {_shown(text)} is not a whole number of 0 or more")
     return int(text)

@@ -349,7 +349,7 @@ def same_table(records, data):
     if '"' in text:  # but a line is lost only within quotes
         assert len(lines) - text.count('"') <= len(records.names) + 1 <= len(lines)
         return
-    header, *rows = ([cell.strip(" ") for cell in line.split(separator)] for _, line in lines)
+    header, *rows = ([cell.strip(" \t") for cell in line.split(separator)] for _, line in lines)
     sequence, label = header.index("sequence" if "sequence" in header else "seq"), header.index("label")
     found = [(decode(t), records.classes[k]) for t, k in zip(records.tokens, records.labels, strict=True)]
     assert found == [(plain(row[sequence]), row[label]) for row in rows]
