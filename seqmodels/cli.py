@@ -6,11 +6,13 @@ import os
 import re
 import sys
 import textwrap
+import types
 import typing
+from argparse import SUPPRESS, Action
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from seqmodels.errors import InputError
 
@@ -126,11 +128,33 @@ def _parser(function: Callable, prog: str) -> "_Parser":
 
 
 class _Help(DefaultHelpFormatter):
-    """Help whose paragraphs and indented lines are those of the docstring."""
+    """Help with the docstring's paragraphs and indented lines, flags as they are best typed, and no types of Python."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         parts = text.split("\n\n")
         return "\n\n".join(p if p.startswith("  ") else textwrap.fill(" ".join(p.split()), width) for p in parts)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = [name for name in action.option_strings if not name.endswith("+")]  # spelled_out adds the +
+        short = [_Parser.short[name] for name in names if name in _Parser.short]
+        words = ", ".join((*short, *(name.replace("_", "-") for name in names)))
+        if action.nargs == 0 or _Parser.is_switch(action):
+            return words
+        kinds = _Parser.kinds(action)
+        if [typing.get_origin(kind) for kind in kinds] == [typing.Literal]:  # also of an option without a default
+            return f"{words} {{{','.join(typing.get_args(kinds[0]))}}}"
+        return f"{words} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+    def _get_help_string(self, action: Action) -> str:
+        said, default = action.help or "", action.default
+        if action.nargs == 0 or isinstance(action, ActionConfigFile):  # --help, and files of settings
+            return super()._get_help_string(action)
+        if _Parser.is_switch(action):
+            negated = f"--no-{action.dest.rpartition('.')[2].replace('_', '-')}"
+            return f"{said} On by default; {negated} turns it off." if default else said
+        return said if default in (None, "", SUPPRESS) or action.required else f"{said} (default: %(default)s)"
 
 
 class _Parser(ArgumentParser):
@@ -158,9 +182,9 @@ class _Parser(ArgumentParser):
                 name = name if name in known else inner.get(name, name)
                 negated = "--" + name.removeprefix("--no_")
                 negated = negated if negated in known else inner.get(negated, negated)
-                if not equals and self._is_switch(known.get(name)):
+                if not equals and self.is_switch(known.get(name)):
                     name, equals, value = name, "=", "true"
-                elif not equals and name.startswith("--no_") and self._is_switch(known.get(negated)):
+                elif not equals and name.startswith("--no_") and self.is_switch(known.get(negated)):
                     name, equals, value = negated, "=", "false"
                 elif self._is_list(known.get(name)):
                     name += "+"
@@ -171,21 +195,23 @@ class _Parser(ArgumentParser):
         return result
 
     @staticmethod
-    def _is_switch(action: Any) -> bool:
+    def is_switch(action: Any) -> bool:
         return getattr(action, "_typehint", None) is bool
 
     @staticmethod
-    def _is_list(action: Any) -> bool:
+    def kinds(action: Any) -> list[Any]:
+        """The types that a value may have, but for none at all."""
         hint = getattr(action, "_typehint", None)
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return len(kinds) == 1 and typing.get_origin(kinds[0]) is list
+        if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+            return [hint]
+        return [kind for kind in typing.get_args(hint) if kind is not type(None)]
+
+    def _is_list(self, action: Any) -> bool:
+        return [typing.get_origin(kind) for kind in self.kinds(action)] == [list]
 
     def format_help(self) -> str:
-        """Help with dashes in the flags, as they are best typed."""
+        """Help with dashes in the flags that the usage and the text name."""
         text = re.sub(r"--[a-z_.]+", lambda match: match[0].replace("_", "-"), super().format_help())
-        for name, short in self.short.items():
-            text = re.sub(rf"(?m)^(  ){name}\b", rf"\1{short}, {name}", text)
-        text = re.sub(r"<class\s+'(\w+)'>", r"\1", text)
         return re.sub(r"(--[a-z.-]+) \{true,false\}", r"\1", text)
 
 

@@ -458,6 +458,7 @@ def prompt_labels(
 def _nearest(word: str, words: Any) -> str:
     if not words:
         return "; it was trained without labels"
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    known = {one.casefold(): one for one in words}
+    close = difflib.get_close_matches(word.casefold(), known, n=1, cutoff=0.5)
     listed = ", ".join(words[:40]) + (", ..." if len(words) > 40 else "")
-    return f"{f'; did you mean {close[0]!r}?' if close else ';'} It knows {listed}"
+    return f"; did you mean {known[close[0]]!r}? It knows {listed}" if close else f"; it knows {listed}"

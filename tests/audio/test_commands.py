@@ -128,6 +128,7 @@ def test_a_recording_is_gone_on_from_at_the_rate_of_the_model(make, tmp_path, ca
     ("options", "reason"),
     [
         ({"prompt": "sevn"}, "did you mean 'seven'"),
+        ({"prompt": "SEVEN"}, "did you mean 'seven'"),
         ({"prompt": "missing.wav"}, "no such file"),
         ({"speaker": "bob"}, "speaker has no value 'bob'"),
         ({"label": "speaker"}, "expected name=value"),

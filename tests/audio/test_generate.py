@@ -295,7 +295,7 @@ def test_a_prompt_that_is_or_looks_like_a_file_is_a_recording(tmp_path):
     ("conditions", "prompt", "given", "reason"),
     [
         (CONDITIONS, "sevn", {}, "did you mean 'seven'"),
-        (CONDITIONS, "xyz", {}, "It knows zero, one, seven, ann, theo"),
+        (CONDITIONS, "xyz", {}, "it knows zero, one, seven, ann, theo"),
         ((), "seven", {}, "trained without labels"),
         (CONDITIONS, "seven", {"digit": "one"}, "differ"),
         ((*CONDITIONS, ConditionConfig(name="next", values=("one",))), "one", {}, "digit and next"),
