@@ -269,6 +269,12 @@ def _cells(text: str, path: Path) -> list[tuple[int, list[str]]]:
             cells = [cell.strip(_WHITE_SPACE) for cell in row]
             if tabs:
                 cells = [c[1:-1] if len(c) > 1 and c[0] == c[-1] == '"' else c for c in cells]
+            inner = [part for cell in row for part in re.split("\r\n?|\n", cell)[1:]]
+            if any(part.count(",") == len(row) - 1 for part in inner):  # otherwise those rows would be lost
+                raise InputError(
+                    f"{path} line {line}: a cell in quotes goes on to line {reader.line_num} and holds what looks like "
+                    "rows of the table; add the quote that is missing, or remove the one too many"
+                )
             if any(cells):
                 found.append((line, cells))
             line = reader.line_num + 1

@@ -359,3 +359,8 @@ def test_quotes_in_tables_lose_no_row(tmp_path):
     (tmp_path / "x.csv").write_text('sequence,label\n"ACGT,0\nACGG,1\n')
     with pytest.raises(InputError, match="line 2 is not a row of a table"):
         load_labelled(tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text('sequence,label,x\nACGT,0,"\nACGG,1,x\nACGC,0,"\nACTT,1,x\n')
+    with pytest.raises(InputError, match="line 2: a cell in quotes goes on to line 4 and holds what looks like rows"):
+        load_labelled(tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text('sequence,label,note\nACGT,0,"two\nlines, together"\nACGG,1,x\n')
+    assert load_labelled(tmp_path / "x.csv").names == ["row_2", "row_4"]

@@ -346,8 +346,9 @@ def same_table(records, data):
     text = re.sub("\r\n?", "\n", data.decode("utf-8").removeprefix("\ufeff"))
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip(" \t,")]
     separator = "\t" if "\t" in lines[0][1] else ","
-    if '"' in text:  # but a line is lost only within quotes
-        assert len(lines) - text.count('"') <= len(records.names) + 1 <= len(lines)
+    if '"' in text:  # but a line that looks like a row is one
+        rows = [line for _, line in lines[1:] if line.count(separator) == lines[0][1].count(separator)]
+        assert sum('"' not in line for line in rows) <= len(records.names) < len(lines)
         return
     header, *rows = ([cell.strip(" \t") for cell in line.split(separator)] for _, line in lines)
     sequence, label = header.index("sequence" if "sequence" in header else "seq"), header.index("label")
