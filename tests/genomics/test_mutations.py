@@ -182,8 +182,9 @@ def read_fasta(path, data):
             assert [plain(str(record.seq)) for record in theirs] == [decode(tokens) for tokens, _ in rows]
     fasta_file = IndexedFasta(path)
     lengths = fasta_file.lengths
-    try:  # which takes white space for bases
+    try:  # which takes white space for bases, and 9 bases with \r\n for a line like 10 with \n
         assert not re.search(rb"(?m)^[^>]*([ \t]|\r(?!\n))", data)
+        assert data.count(b"\r\n") in (0, data.count(b"\n"))
         pysam.faidx(str(path), "-o", f"{path}.theirs.fai")
         theirs = pysam.FastaFile(str(path), filepath_index=f"{path}.theirs.fai")
     except (AssertionError, pysam.SamtoolsError, OSError, ValueError):
