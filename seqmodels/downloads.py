@@ -1,13 +1,16 @@
 """Public data sets from where they are published: downloaded on request, checked, unpacked, whole or not at all."""
 
+import base64
 import hashlib
 import shutil
 import sys
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 from seqmodels.checkpoint import read_json
 from seqmodels.errors import InputError
@@ -63,6 +66,25 @@ def on_hub(repository: str, path: str) -> list[Remote]:
             url = hf_hub_url(repository, entry.path, repo_type="dataset", revision=revision)
             large = getattr(entry, "lfs", None)  # files of the large file storage have a SHA-256
             files.append(Remote(url, Path(entry.path).name, f"sha256:{large.sha256}" if large else None))
+    return files
+
+
+def on_google_storage(bucket: str, names: dict[str, str], home: str) -> list[Remote]:
+    """Public files of a bucket (by their name there, the name here), with the MD5 that Google (`home`) publishes."""
+    import pooch
+
+    files = []
+    pooch.get_logger().setLevel("WARNING")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, here in names.items():
+            about = f"{home}/storage/v1/b/{bucket}/o/{quote(name, safe='')}"
+            try:
+                said = read_json(Path(pooch.retrieve(about, None, f"{here}.json", folder)))
+            except Exception as error:  # whatever the network says
+                reason = _first_line(error)
+                raise InputError(f"cannot reach {about}: {reason}; try again, or download by hand") from None
+            md5 = base64.b64decode(said.get("md5Hash", "")).hex()
+            files.append(Remote(f"{home}/{bucket}/{quote(name)}", here, f"md5:{md5}" if md5 else None))
     return files
 
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from seqmodels.errors import InputError
-from seqmodels.tasks.genomics.tokens import Counts, Tokens, encode_marked, tokens_of
+from seqmodels.tasks.genomics.tokens import WHITE_SPACE, Counts, Tokens, encode_marked, tokens_of
 
 BLOCK = 1 << 17
 "Bytes read at a time."
@@ -150,7 +150,7 @@ class FastaReader:
                 else:
                     end = block.find(b"\n>", i) + 1 or len(block)
                     part = block[i:end]
-                    if part.strip():
+                    if part.strip(WHITE_SPACE):
                         yield False, part
                     line_start, i = part.endswith(b"\n"), end
         if header is not None:

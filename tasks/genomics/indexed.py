@@ -21,8 +21,8 @@ import pyfaidx
 
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.fasta import BLOCK, FastaReader, decompressed, open_bytes, parse_header
+from seqmodels.tasks.genomics.tokens import WHITE_SPACE
 
-_WHITE_SPACE = b" \t\r\n"  # as of tokens.py
 _NO_BASE = (bytes(range(128)) + b"\x7f" * 128).replace(b">", b"\x7f")  # what pyfaidx would not take for sequence
 
 
@@ -80,7 +80,7 @@ class IndexedFasta:
             found = self._faidx.fetch(seq, first + 1, last).encode() if first < last else b""
         except UnicodeDecodeError:
             found = b""
-        if len(found.translate(None, _WHITE_SPACE)) != last - first:
+        if len(found.translate(None, WHITE_SPACE)) != last - first:
             raise InputError(
                 f"{self.name}: bases {first + 1} to {last} of {seq} cannot be found: white space within lines, or "
                 f"an index ({Path(self.name).name}.fai) of another file; remove it"
@@ -189,7 +189,7 @@ class IndexedFasta:
                         file.write((b"\n" if number else b"") + b">" + name.encode() + b"\n")
                         number += 1
                     elif number:
-                        file.write(line.translate(_NO_BASE, _WHITE_SPACE))
+                        file.write(line.translate(_NO_BASE, WHITE_SPACE))
                     elif line.strip():
                         raise InputError(f"{self.name} has text before the first '>'; remove it or give a FASTA file")
                     at_start = line.endswith(b"\n")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from seqmodels.display import aligned
-from seqmodels.downloads import Remote, data_command, download, on_hub, on_zenodo
+from seqmodels.downloads import Remote, data_command, download, on_google_storage, on_hub, on_zenodo
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.labelled import LabelledRecords, load_labelled, splits_of
 from seqmodels.tasks.genomics.tokens import N, reverse_complement
@@ -42,6 +42,32 @@ class Collection:
     "Its official splits."
     tasks: dict[str, Task]
     "Tasks by name."
+
+
+@dataclass(frozen=True)
+class Genome:
+    """A genome to pretrain on, as published."""
+
+    what: str
+    "The work, and its reference."
+    use: str
+    "How `dna pretrain` reads it."
+    bucket: str
+    "Of Google's storage."
+    files: dict[str, str]
+    "Its files, by their name there the name here."
+
+
+_GOOGLE = "https://storage.googleapis.com"
+GENOMES = {
+    "hg38": Genome(
+        "Human genome hg38 with the intervals that HyenaDNA, Mamba and Caduceus are pretrained on (of Basenji; Kelley, "
+        "2020), whose fourth column is the split",
+        "longseq dna pretrain D/hg38/hg38.ml.fa.gz RUN --bed D/hg38/human-sequences.bed --window 131072",
+        "basenji_barnyard2",
+        {"hg38.ml.fa.gz": "hg38.ml.fa.gz", "sequences_human.bed": "human-sequences.bed"},
+    ),
+}
 
 
 def _tasks(names: str, *fields: Any) -> dict[str, Task]:
@@ -129,11 +155,13 @@ def data(words: list[str], pin: Path | None = None, quiet: bool = False) -> int:
         longseq dna data list                                          names, sizes, metrics, where from
         longseq dna data get genomic-benchmarks/human_enhancers_cohn D    download one task to the folder D/...
         longseq dna data get gue D                                     or all tasks of a collection
+        longseq dna data get hg38 D                                    or a genome to pretrain on
         longseq dna data info D/gue/tf/0                               what `dna train` would read there
 
-    A download keeps the official split and file format, and dna train and dna evaluate read it as it is. Zenodo and
-    the Hugging Face hub publish checksums, against which files are checked. Google Drive (GUE) does not. The file
-    source.json in the folder has every file's SHA-256: keep it, and --pin makes sure that another download is the same.
+    A download keeps the official split and file format, and dna train, dna evaluate and dna pretrain read it as it is.
+    Zenodo, the Hugging Face hub and Google's storage publish checksums, against which files are checked. Google Drive
+    (GUE) does not. The file source.json in the folder has every file's SHA-256: keep it, and --pin makes sure that
+    another download is the same.
 
     info tells the records per split and class, their lengths, and how many sequences of dev and test are in train, too
     (or are the other strand of one that is). It knows every kind of data that dna train reads; those without a download
@@ -159,14 +187,23 @@ def _listed() -> str:
             row = {"name": f"{name}/{task}", "classes": facts.classes, "bases": facts.bases, "metric": facts.metric}
             rows.append(row | dict(zip(collection.splits, facts.records or ["-"] * 3, strict=False)))
         parts += [collection.what, aligned(rows, [*rows[0]]), f"from {collection.home}", ""]
+    for name, genome in GENOMES.items():
+        parts += [f"{name}: {genome.what}", f"  {genome.use}", f"from {_GOOGLE}/{genome.bucket}", ""]
     return "\n".join(parts).rstrip()
 
 
 def get(name: str, folder: Path, pin: Path | None = None, quiet: bool = False) -> Path:
-    """Download a task, or all of a collection, to folder/collection/task; what is there already is left alone."""
+    """Download a task, or all of a collection, to folder/collection/task, or a genome to folder/name.
+
+    What is there already is left alone.
+    """
+    if name in GENOMES:
+        genome = GENOMES[name]
+        download(partial(on_google_storage, genome.bucket, genome.files, _GOOGLE), folder / name, pin, quiet)
+        return folder / name
     group, _, task = name.partition("/")
     if group not in COLLECTIONS or (task and task not in COLLECTIONS[group].tasks):
-        known = COLLECTIONS[group].tasks if group in COLLECTIONS else COLLECTIONS
+        known = COLLECTIONS[group].tasks if group in COLLECTIONS else (*COLLECTIONS, *GENOMES)
         raise InputError(f"{name!r} is no data set here; known are {', '.join(known)} (longseq dna data list)")
     collection, place = COLLECTIONS[group], folder / group
     kind, _, where = collection.home.partition(":")

@@ -29,7 +29,7 @@ SOFT_MASKED = 0x10  # above the four bits of a token: written in lower case
 
 Tokens = NDArray[np.uint8]
 
-_WHITE_SPACE = b" \t\r\n"
+WHITE_SPACE = b" \t\r\n"  # which a sequence may have anywhere
 _AMBIGUOUS, _INVALID = 0x20, 0x40  # further such flags
 
 
@@ -78,11 +78,11 @@ def encode(sequence: bytes, counts: Counts | None = None, keep_case: bool = Fals
 
 def encode_marked(sequence: bytes, counts: Counts) -> Tokens:
     """The same with all flags, from which `count` counts again, in any part of a sequence."""
-    marked = np.frombuffer(sequence.translate(_TABLE, _WHITE_SPACE), dtype=np.uint8)
+    marked = np.frombuffer(sequence.translate(_TABLE, WHITE_SPACE), dtype=np.uint8)
     flags = int(np.bitwise_or.reduce(marked)) if len(marked) else 0
     if flags & _INVALID:
         first = int(np.argmax(marked >= _INVALID))
-        character = sequence.translate(None, _WHITE_SPACE)[first : first + 4].decode("utf-8", errors="replace")[0]
+        character = sequence.translate(None, WHITE_SPACE)[first : first + 4].decode("utf-8", errors="replace")[0]
         if counts.invalid is None:
             counts.invalid = (counts.length + first + 1, character)
         marked = marked[:first]

@@ -116,6 +116,14 @@ def test_a_bgzf_file_cut_between_two_blocks_is_noticed(tmp_path):
     assert "cut off" in read(path)[1]
 
 
+@pytest.mark.parametrize(("line", "invalid"), [(b" \t\r\n", None), (b"\x0b", (1, "\x0b")), (b"\x0c\n", (1, "\x0c"))])
+def test_a_sequence_of_white_space_is_empty_and_a_control_character_is_no_white_space(tmp_path, line, invalid):
+    (tmp_path / "x.fa").write_bytes(b">a\n" + line)
+    (record,) = FastaReader(tmp_path / "x.fa")
+    assert not len(record.tokens())
+    assert record.counts.invalid == invalid
+
+
 def test_a_damaged_gzip_is_told(tmp_path):
     data = bytearray(gzip.compress(TEXT.encode()))
     data[len(data) // 2] ^= 0xFF

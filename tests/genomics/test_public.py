@@ -1,5 +1,6 @@
 """Public data sets: their official file formats, and downloads from a server on this machine."""
 
+import base64
 import gzip
 import hashlib
 import io
@@ -188,7 +189,7 @@ def test_list_shows_every_task(capsys):
     assert all(f"{group}/{task}" in out for group, one in COLLECTIONS.items() for task in one.tasks)
     assert main(["dna", "data", "get", "nothing"]) == 2
     assert main(["dna", "data", "get", "nothing", "here"]) == 2
-    assert "known are genomic-benchmarks, nt, nt-revised, gue" in capsys.readouterr().err
+    assert "known are genomic-benchmarks, nt, nt-revised, gue, hg38 (" in capsys.readouterr().err
 
 
 def zipped(root):
@@ -236,3 +237,31 @@ def test_a_published_checksum_that_differs_refuses_the_file(server, tmp_path, mo
             with pytest.raises(InputError, match="hash"):
                 get("nt/H3", tmp_path / "bad")
             assert not list((tmp_path / "bad").rglob("*.csv"))
+
+
+def test_the_human_genome_is_downloaded_checked_and_pretrained_on(server, tmp_path, monkeypatch, capsys):
+    folder, address = server
+    monkeypatch.setattr(public, "_GOOGLE", address)
+    genome = gzip.compress(b">chr1\n" + b"ACGTTGCAnnacgtGGAT" * 60 + b"\n", mtime=0)
+    intervals = b"chr1\t0\t600\ttrain\nchr1\t600\t900\tvalid\nchr1\t900\t1080\ttest\n"
+    bucket = public.GENOMES["hg38"].bucket
+    about = folder / "storage" / "v1" / "b" / bucket / "o"
+    about.mkdir(parents=True)
+    (folder / bucket).mkdir()
+    for name, content in (("hg38.ml.fa.gz", genome), ("sequences_human.bed", intervals)):
+        (folder / bucket / name).write_bytes(content)
+        md5 = base64.b64encode(hashlib.md5(content).digest()).decode()
+        (about / name).write_text(json.dumps({"name": name, "md5Hash": md5}))
+    assert main(["dna", "data", "get", "hg38", str(tmp_path)]) == 0
+    place = tmp_path / "hg38"
+    assert {path.name for path in place.iterdir()} == {"hg38.ml.fa.gz", "human-sequences.bed", "source.json"}
+    published = json.loads((place / "source.json").read_text())["files"]["hg38.ml.fa.gz"]["published"]
+    assert published == f"md5:{hashlib.md5(genome).hexdigest()}"
+    words = f"dna pretrain {place}/hg38.ml.fa.gz {tmp_path}/run --bed {place}/human-sequences.bed --device cpu"
+    words += " --window 64 --batch-tokens 256 --d-model 32 --n-layer 1"
+    words += " --max-steps 2 --validate-every 2 --validation-windows 2"
+    assert main(words.split()) == 0
+    (folder / bucket / "hg38.ml.fa.gz").write_bytes(genome[:-9])
+    assert main(["dna", "data", "get", "hg38", str(tmp_path / "again")]) == 2
+    assert "hash" in capsys.readouterr().err
+    assert not (tmp_path / "again" / "hg38").exists()
