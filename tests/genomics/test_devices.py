@@ -149,11 +149,18 @@ def test_a_process_that_dies_is_told_in_one_line_and_nothing_is_lost(tmp_path, f
 
 TORCHRUN = """
 import json, sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from seqmodels import cli, workers
-if __name__ == "__main__":
+from seqmodels.tasks.genomics import classify, embed, inference, variants  # what the commands import
+
+def run():
     for words in json.loads(sys.argv[1]):
         workers._ADDRESS = words[1]  # the store is that of one command
         cli.main(words)
+
+if __name__ == "__main__":  # as torchrun starts two processes, but forked, since importing takes seconds
+    options = {"start_method": "fork", "run_id": "tests", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    elastic_launch(LaunchConfig(1, 1, 2, **options, max_restarts=0, monitor_interval=0.1), run)()
 """
 
 
@@ -167,8 +174,7 @@ def test_torchruns_processes_share_records_and_variants(tmp_path, files, variant
          "--context", "32"],
     ]  # fmt: skip
     (tmp_path / "program.py").write_text(TORCHRUN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(tmp_path / "program.py"), json.dumps(commands)]
+    command = [sys.executable, str(tmp_path / "program.py"), json.dumps(commands)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.stderr.count("longseq: ") == 3 + 2 + 1, done.stderr  # the first process alone speaks
     assert (tmp_path / "o.tsv").read_bytes() == whole.read_bytes()
