@@ -29,7 +29,7 @@ CONFIG = ModelConfig(vocab_size=5, backbone=BACKBONE, head=HeadConfig(task="next
 TRAINING = TrainingConfig(
     max_steps=4, validate_every=2, learning_rate=1e-2, accumulate=2, gradient_clip=0.1, device="cpu"
 )
-PLAIN = dataclasses.replace(CONFIG, backbone=presets.mamba2(16, 2, head_dim=8, d_state=4))
+PLAIN = dataclasses.replace(CONFIG, backbone=presets.mamba2(16, 1, head_dim=8, d_state=4))
 LABELS = dataclasses.replace(
     CONFIG,
     backbone=presets.mamba2(8, 1, bidirectional=True, head_dim=8, d_state=4),
@@ -127,7 +127,7 @@ def start(*command):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of the runs of both workers, and of the same runs in one process (`one` and NAME-one), and messages."""
+    """The folder of the workers' runs and of the same in one process (`one` and NAME-one); the workers' messages."""
     folder = tmp_path_factory.mktemp("runs")
     workers = start(__file__, str(folder))
     try:
