@@ -161,7 +161,7 @@ def fit(
     where name and value do. With `tune`
     "head" the backbone stays as it is there, and only the head learns.
 
-    The run folder also holds run.json (both configurations), logs/ (CSV and TensorBoard) and checkpoints/.
+    The run folder also holds run.json (both configurations, `start_from` and `tune` where given), logs/ (CSV and TensorBoard) and checkpoints/.
     """
     training = as_started(training)
     if training.carry_state and config.head.task != "next_token":
@@ -173,7 +173,7 @@ def fit(
         check_shareable(model)
     if tune == "head" and start_from is None:
         raise InputError("tune='head' leaves the backbone as it is, which then has to come from start_from; name one")
-    last = _prepare_run(config, training, run, tune)
+    last = _prepare_run(config, training, run, tune, start_from)
     if start_from is not None and last is None:
         _take_over(model, start_from)
     if tune == "head":
@@ -271,10 +271,13 @@ def _strategy(training: TrainingConfig) -> Any:
     return "ddp" if world > 1 else "auto"
 
 
-def _prepare_run(config: ModelConfig, training: TrainingConfig, run: Path, tune: Tune) -> Path | None:
+def _prepare_run(
+    config: ModelConfig, training: TrainingConfig, run: Path, tune: Tune, start_from: str | None
+) -> Path | None:
     """Create the run folder, or check that the one to resume was started the same way; its last checkpoint if any."""
     settings = {"model": to_dict(config), "training": _settings(training)}
     settings |= {} if tune == "full" else {"tune": tune}
+    settings |= {} if start_from is None else {"start_from": start_from}
     record, last = run / "run.json", run / "checkpoints" / "last.ckpt"
     if not first_process():
         return last if last.exists() else None

@@ -124,6 +124,19 @@ def test_a_killed_run_resumes_to_the_same_weights_to_the_bit(tmp_path):
     torch.testing.assert_close(best[0], best[1], rtol=0, atol=0)
 
 
+def test_a_run_is_resumed_from_the_same_checkpoint_only(tmp_path):
+    training = dataclasses.replace(TRAINING, max_steps=1, validate_every=1, ema_decay=0.0)
+    first = str(fit(CONFIG, Cycles(), training, tmp_path / "first"))
+    assert "start_from" not in json.loads((tmp_path / "first" / "run.json").read_text())
+    fit(CONFIG, Cycles(), training, tmp_path / "second", start_from=first)
+    assert json.loads((tmp_path / "second" / "run.json").read_text())["start_from"] == first
+    resumed = dataclasses.replace(training, resume=True)
+    for other in (None, str(tmp_path / "second" / "model")):
+        with pytest.raises(InputError, match="started with other settings"):
+            fit(CONFIG, Cycles(), resumed, tmp_path / "second", start_from=other)
+    fit(CONFIG, Cycles(), resumed, tmp_path / "second", start_from=first)
+
+
 def test_the_last_weights_are_exported_on_request(tmp_path):
     training = dataclasses.replace(TRAINING, max_steps=8, learning_rate=1.0, warmup=0.0, ema_decay=0.0)
     exported = {}
