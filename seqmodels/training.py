@@ -161,7 +161,8 @@ def fit(
     where name and value do. With `tune`
     "head" the backbone stays as it is there, and only the head learns.
 
-    The run folder also holds run.json (both configurations, `start_from` and `tune` where given), logs/ (CSV and TensorBoard) and checkpoints/.
+    The run folder also holds run.json (both configurations, `start_from` and `tune` where given), logs/ (CSV and
+    TensorBoard) and checkpoints/.
     """
     training = as_started(training)
     if training.carry_state and config.head.task != "next_token":

@@ -205,6 +205,8 @@ def train(
         raise InputError(f"--baseline {baseline} says what is trained; leave --mixer and --start-from out")
     if baseline == "cnn":
         mixer, n_layer = "cnn", 6 if n_layer is None else n_layer
+    if bidirectional and mixer is not None and set(mixer.split(",")) == {"cnn"}:
+        raise InputError("a CNN reads both directions as it is; leave --bidirectional out")
     if annotation is None:
         only = {"validation": validation, "leave_out": leave_out, "within": within, "stranded": stranded}
         _refuse(only, "is for", "add")
