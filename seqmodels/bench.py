@@ -30,11 +30,16 @@ class Sizes:
 
 
 _GPU_ONLY = Sizes(laptop=None)
+_FSDD, _VARIANTS = "$LONGSEQ_DATA/audio/fsdd", "$LONGSEQ_DATA/variants/human_chr20_1mb"
 SIZES = {
     **dict.fromkeys(("causal_conv1d", "layers", "rms_norm", "selective_scan", "ssd"), _GPU_ONLY),
+    "audio_blocks": Sizes(
+        f"{_FSDD} runs/blocks-laptop --pairs mamba2/mamba2 s4d/mamba2 --samples 65536 --step 8192 --widths 32 32 "
+        "--depths 1 1 --pools 16 --precision 32 --device cpu",
+        f"{_FSDD} runs/blocks",
+    ),
     "audio_training": Sizes(
-        "$LONGSEQ_DATA/audio/fsdd --device cpu --tokens 4096 --widths 32 32 --depths 1 1 --pools 4 --steps 4",
-        "$LONGSEQ_DATA/audio/fsdd --profile",
+        f"{_FSDD} --device cpu --tokens 4096 --widths 32 32 --depths 1 1 --pools 4 --steps 4", f"{_FSDD} --profile"
     ),
     "batching": Sizes(
         "$LONGSEQ_DATA/genomes/yeast_s288c/S288C.cds.bed.gz --mixers mamba2 --batches 0",
@@ -49,8 +54,14 @@ SIZES = {
     ),
     "decode": Sizes(None, "--mixers mamba2 mamba attention --batches 1 2 4 8 16 32 64 128"),
     "fasta": Sizes(gpu=None),
+    "generate": Sizes("--device cpu --batches 1 8 --seconds 1"),
     "gue": Sizes(*["$LONGSEQ_DATA/dna/gue runs/gue-kmer --name gue-kmer -- --baseline kmer"] * 2),
     "kernels_cpu": Sizes(gpu=None),
+    "music_context": Sizes(
+        "runs/music-laptop runs/context-laptop --lengths 4096 16384 --samples 65536 --step 16384 --widths 32 32 "
+        "--depths 1 1 --pools 16 --precision 32 --device cpu",
+        "runs/music runs/context",
+    ),
     "scaling": Sizes("--device cpu --lengths 1024 4096 --mixers mamba2 --layers 2"),
     "scaling_law": Sizes(
         "$LONGSEQ_DATA/genomes/enterobacteria runs/scaling-law --device cpu --widths 16 --contexts 256 1024 "
@@ -58,8 +69,33 @@ SIZES = {
         "$LONGSEQ_DATA/genomes/enterobacteria runs/scaling-law",
     ),
     "sequence_parallel": Sizes("--device cpu --layers 2 --lengths 4096"),
-    "variants": Sizes(None, None),
+    "species": Sizes(
+        "$LONGSEQ_DATA/genomes/enterobacteria --lengths 1024 8192 --windows 20 --device cpu "
+        "--name enterobacteria-laptop",
+        "$LONGSEQ_DATA/genomes/enterobacteria",
+    ),
+    "spoken_digits": Sizes(
+        f"spoken-digits {_FSDD} runs/judges --number 60 --seeds 1 --batch 10 --guidance 3 --no-bits --device cpu "
+        "--name generated_digits-laptop",
+        f"spoken-digits {_FSDD} runs/judges --guidance 3",
+    ),
+    "variants": Sizes(
+        f"{_VARIANTS}/z.vcf.gz {_VARIANTS}/z.fa.gz runs/bases-laptop/model --context 128 --device cpu "
+        "--name variants-laptop",
+        f"{_VARIANTS}/z.vcf.gz {_VARIANTS}/z.fa.gz runs/bases/model --device cuda",
+    ),
     "sweeps": Sizes(gpu="--length 4194304 --width 256 --device cuda --dtype bfloat16"),
+}
+_CHORALES = "audio render $LONGSEQ_DATA/audio/jsb_chorales/Jsb16thSeparated.json.gz"
+_BASES = f"dna pretrain {_VARIANTS}/z.fa.gz"
+MADE_BY = {  # what programs read, and the command of longseq that makes it where it is missing
+    "runs/judges": f"audio judge {_FSDD} runs/judges --validation index=5-9",
+    "runs/music": f"{_CHORALES} runs/music --workers 16",
+    "runs/music-laptop": f"{_CHORALES} runs/music-laptop --seconds 4 --tempo [600,600]",
+    "runs/bases/model": f"{_BASES} runs/bases --objective masked-token --strands equivariant --batch-tokens 131072 "
+    "--training.max-steps 1000 --training.validate-every 250 --training.learning-rate 2e-3 --training.precision bf16",
+    "runs/bases-laptop/model": f"{_BASES} runs/bases-laptop --window 512 --batch-tokens 8192 --d-model 32 --n-layer 1 "
+    "--training.max-steps 40 --training.learning-rate 5e-3 --training.device cpu",
 }
 _RECALL = {  # tables of the synthetic tasks: what, mixers, and what is varied on a GPU
     "copying": ("Selective copying (Mamba paper, Table 1)", ("mamba", "mamba2", "attention", "lstm"), [""]),
@@ -95,7 +131,8 @@ def run(name: str, size: Size = "laptop", show: bool = False) -> int:
         longseq bench run mqar --size gpu --show        only says what would be run, one command per line
 
     Args:
-        name: What `longseq bench list` shows.
+        name: What `longseq bench list` shows. What a program needs first, such as a model, is made in runs/ of this
+            folder, unless it is there.
         size: laptop, which a CPU can do, or gpu.
         show: Print the commands instead of running them, to choose some or to spread them over GPUs.
 
@@ -171,11 +208,19 @@ def _commands(name: str, size: Size) -> tuple[tuple[str, ...], ...]:
     words, program = _words(name, size), os.path.relpath(CHECKOUT / f"{name}.py")
     if words is None:
         raise InputError(f"{name} has no size {size}; `python {program} --help` says what it needs")
-    words = os.path.expandvars(words)
-    if "$LONGSEQ_DATA" in words:
+    if "$LONGSEQ_DATA" in words and not os.environ.get("LONGSEQ_DATA"):
         raise InputError(f"{name} reads data; set LONGSEQ_DATA to the folder that is meant in: {words}")
+    missing = [word for word in words.split() if word in MADE_BY and not Path(word).exists()]
     several = ("-m", "torch.distributed.run", "--nproc-per-node", "gpu" if size == "gpu" else "2")
-    return ((sys.executable, *(several if name == "sequence_parallel" else ()), program, *shlex.split(words)),)
+    start = (sys.executable, *(several if name == "sequence_parallel" else ()), program)
+    return (
+        *((sys.executable, "-m", "seqmodels", *_split(MADE_BY[word])) for word in missing),
+        (*start, *_split(words)),
+    )
+
+
+def _split(words: str) -> tuple[str, ...]:
+    return tuple(map(os.path.expandvars, shlex.split(words)))
 
 
 def _written() -> dict[Path, int]:

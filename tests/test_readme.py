@@ -104,6 +104,20 @@ def test_the_examples_of_the_readme_print_what_stands_below_them(tmp_path, monke
     assert printed == shown  # but for rounding, which is another one on another machine
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_the_two_commands_of_the_readme_are_the_demo_and_the_tests_and_the_demo_makes_what_it_says(examples, capsys):
+    assert re.findall(r"(?m)^make ([\w-]+)", README) == ["demo", "test"]
+    asked = subprocess.run(["make", "-n", "demo", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "python examples/demo.py" in asked
+    assert "python -m pytest" in asked
+    demo = runpy.run_path(str(ROOT / "examples" / "demo.py"))["main"].__globals__
+    demo |= {"DEMO": examples / "demo", "longseq": lambda *words: run([shlex.join(["longseq", *map(str, words)])])}
+    demo["main"]()
+    made = re.findall(r"(?m)^  (demo/\S+)", capsys.readouterr().out)
+    assert made == ["demo/contigs.tsv", "demo/seven.wav", "demo/continued.wav"]
+    assert all(Path(name).exists() for name in (*made, "demo/seven.png", "demo/prompt.wav", "demo/continued.png"))
+
+
 def test_the_picture_of_the_readme_has_every_base_and_gene_of_its_stretch(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     program = runpy.run_path(str(ROOT / "docs" / "readme.py"))

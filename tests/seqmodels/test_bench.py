@@ -1,7 +1,10 @@
 """`longseq bench`: every program that records results is found, and is run with words that it takes."""
 
+import importlib
 import importlib.util
+import itertools
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from seqmodels import bench
-from seqmodels.cli import main
+from seqmodels.cli import COMMANDS, _parser, main
 from seqmodels.record import add_rows, commit
+from seqmodels.tasks.synthetic.recall import recall
 
 PROGRAMS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -80,25 +84,40 @@ def test_an_installed_package_has_the_tables_of_the_tasks(tmp_path, monkeypatch,
 def test_every_command_of_a_table_is_one_that_its_program_takes(size, monkeypatch):
     """Its flags are in the program's source, or parse as those of `bench recall`."""
     monkeypatch.setenv("LONGSEQ_DATA", "data")
-    for name in bench.SIZES:
-        words = getattr(bench.SIZES[name], size)
+    for name in set(bench._names()) - bench._RECALL.keys():
+        words = bench._words(name, size)
         if words is None:
             continue
         source = (PROGRAMS / f"{name}.py").read_text() + (PROGRAMS / "timing.py").read_text()
         own = words.split(" -- ")[0].split()
+        positional = re.findall(r'add_argument\("([a-z]\w*)"(.*)', (PROGRAMS / f"{name}.py").read_text())
+        given = len(list(itertools.takewhile(lambda word: not word.startswith("--"), own)))
+        assert given == len(positional) or (given > len(positional) and "nargs" in positional[-1][1]), name
         assert all(f'"{word}"' in source for word in own if word.startswith("--")), name
     for task in ("copying", "induction", "mqar"):
         commands = bench._commands(task, size)
         assert len(set(commands)) == len(commands)
         for command in commands[:: max(1, len(commands) // 7)]:
-            parse_recall(command[command.index("recall") + 1 :])
+            parse(recall, command[command.index("recall") + 1 :])
 
 
-def parse_recall(words):
-    from seqmodels.cli import _parser
-    from seqmodels.tasks.synthetic.recall import recall
+def test_what_a_program_needs_first_is_made_once_by_a_command_that_parses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LONGSEQ_DATA", "a folder")
+    for place, words in bench.MADE_BY.items():
+        area, command, *rest = bench._split(words)
+        parse(getattr(importlib.import_module(COMMANDS[area][command]), command), rest)
+        assert place.removesuffix("/model") in rest
+    first, program = bench._commands("spoken_digits", "gpu")
+    assert first[1:] == ("-m", "seqmodels", "audio", "judge", "a folder/audio/fsdd", "runs/judges",
+                         "--validation", "index=5-9")  # fmt: skip
+    assert program[2:5] == ("spoken-digits", "a folder/audio/fsdd", "runs/judges")
+    (tmp_path / "runs" / "judges").mkdir(parents=True)
+    assert bench._commands("spoken_digits", "gpu") == (program,)
 
-    parser = _parser(recall, "longseq bench recall")
+
+def parse(function, words):
+    parser = _parser(function, "longseq")
     return parser.parse_args(parser.spelled_out(list(words)))
 
 
