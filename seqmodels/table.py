@@ -59,6 +59,19 @@ def part_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
+def open_part(path: Path) -> tuple[Path, int]:
+    """That file and its descriptor, locked until it is closed; an InputError where it cannot be written to."""
+    check_writable(path)
+    part = part_of(path)
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill opens it
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"another process is writing {part}; wait for it or give another output") from None
+    return part, descriptor
+
+
 def check_same(what: str, record: Path, made: Mapping[str, Any]) -> None:
     """An InputError if what a JSON file says of how rows were made is not `made`, with what differs."""
     try:
@@ -157,14 +170,7 @@ class TableWriter:
     def _open_part(self) -> tuple[Path, int]:
         """The file that lines gather in, locked, cut after its last whole line (or empty), and its descriptor."""
         assert self._path is not None
-        check_writable(self._path)
-        part = part_of(self._path)
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill opens it
-        except BlockingIOError:
-            os.close(descriptor)
-            raise InputError(f"another process is writing {part}; wait for it or give another output") from None
+        part, descriptor = open_part(self._path)
         end = 0
         if self._resume:
             with open(part, "rb") as file:
@@ -174,13 +180,13 @@ class TableWriter:
             self._old = self._read(part)
         if self._made is not None and self.kept:
             try:
-                check_same(str(part), _record_of(part), self._made)
+                check_same(str(part), record_of(part), self._made)
             except InputError:
                 os.close(descriptor)
                 raise
         os.ftruncate(descriptor, end)
         if self._made is not None and not self.kept:
-            write_json(_record_of(part), self._made)
+            write_json(record_of(part), self._made)
         os.lseek(descriptor, end, os.SEEK_SET)
         return part, descriptor
 
@@ -257,7 +263,7 @@ class TableWriter:
             keep = not whole and (self._keep or (self._resume and (self.kept or self._grown)))
             if self._temporary is not None and not keep:
                 self._temporary.unlink(missing_ok=True)
-                _record_of(self._temporary).unlink(missing_ok=True)
+                record_of(self._temporary).unlink(missing_ok=True)
 
     def _publish(self, rows: Path, path: Path) -> None:
         """Puts what has been written under its name."""
@@ -280,7 +286,7 @@ class TableWriter:
         return InputError(f"cannot write {place}: {error.strerror or error}; make room or give another place")
 
 
-def _record_of(part: Path) -> Path:
+def record_of(part: Path) -> Path:
     """The file that says how the rows in `part` are made."""
     return part.with_name(f"{part.name}.json")
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ from Bio import SeqIO
 import seqmodels
 from seqmodels.config import HeadConfig
 from seqmodels.errors import InputError
+from seqmodels.sampling import sample
 from seqmodels.tasks.genomics.generate import generate
 from seqmodels.tasks.genomics.tokens import encode
 
@@ -74,6 +76,51 @@ def test_without_an_output_fasta_goes_to_the_screen(causal, capsys, one_thread):
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.startswith(">prompt_1 prompt=4 new=100 ")
     assert [len(line) for line in lines] == [80, 20]
+
+
+def test_what_is_stopped_or_killed_anywhere_goes_on_to_the_same_bytes(
+    causal, tmp_path, monkeypatch, capsys, one_thread
+):
+    (tmp_path / "p.fa").write_text(f">first\nACGT\n>second\n{PROMPT}\n")
+    options = {
+        "prompt": str(tmp_path / "p.fa"),
+        "model": causal,
+        "bases": 100,
+        "device": "cpu",
+        "number": 3,
+        "batch": 2,
+    }
+    generate(output=tmp_path / "whole.fa", **options)
+    whole, out, part = (tmp_path / "whole.fa").read_bytes(), tmp_path / "o.fa", tmp_path / "o.fa.part"
+    sampled, count = sample, itertools.count()
+
+    def stopped(*words, **more):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return sampled(*words, **more)
+
+    monkeypatch.setattr("seqmodels.tasks.genomics.generate.sample", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        generate(output=out, **options)
+    assert "--resume goes on" in capsys.readouterr().err
+    first = part.read_bytes()
+    assert first
+    assert whole.startswith(first)
+    assert not out.exists()
+    with pytest.raises(InputError, match="seed was 0 and is 1"):
+        generate(output=out, resume=True, seed=1, **options)
+    for cut in (len(first), len(first) - 1, len(first) - 90, 30, 0):
+        part.write_bytes(first[:cut])
+        (tmp_path / "o.fa.part.json").write_bytes((tmp_path / "whole.fa.json").read_bytes())
+        generate(output=out, resume=True, **options)
+        assert out.read_bytes() == whole
+        assert not part.exists()
+        assert not (tmp_path / "o.fa.part.json").exists()
+        generate(output=out, resume=True, **options)
+        assert "nothing to resume" in capsys.readouterr().err
+        out.unlink()
+    with pytest.raises(InputError, match="only from and to files can be resumed"):
+        generate(resume=True, **options)
 
 
 @pytest.mark.parametrize(
