@@ -34,6 +34,7 @@ from seqmodels.tasks.audio.judges import Judge, load_judges
 from seqmodels.tasks.audio.measure import Sounds, as_table, kept, mean_and_spread, measure, open_real
 from seqmodels.tasks.audio.waveform import resample, write_audio
 
+PUBLISHED = 10240, 2048  # clips of the published protocol: with and without rejection
 SUMMARY = ("FID", "IS", "mIS", "AM", "silent", "clipped")
 
 
@@ -93,6 +94,8 @@ def bits(model: str, data: Path, options: Any) -> list[dict[str, Any]]:
                 for value, one in group.items()
             }
         rows.append({"what": "bits per sample of the test recordings", **found})
+        if not found["by"]:  # it knows no labels
+            break
     return rows
 
 
@@ -132,13 +135,14 @@ def main() -> None:
         about["weights_sha256"] = weights_sha256(options.model)
         sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "guidance", "seconds")}
         about |= {"sampling": sampling}
-        count = 10240 if options.published else options.number
+        count = PUBLISHED[0] if options.published else options.number
         labels, truth = ([{}] * count, {}) if options.published else balanced(judges, model.config.conditions, count)
         seeds = range(1 if options.published else options.seeds)
         made = [make(model, labels, truth, seed, rate, options) for seed in seeds]
         if options.published:
             half = np.random.default_rng(0).permutation(count)[: count // 2]
-            sets = {"2,048, no rejection": made[0].select(np.arange(2048)), "all, no rejection": made[0]}
+            sets = {f"{PUBLISHED[1]:,}, no rejection": made[0].select(np.arange(PUBLISHED[1]))}
+            sets["all, no rejection"] = made[0]
             sets["half, of it 0.4 to 0.95 by likelihood"] = kept(made[0].select(half), (0.4, 0.95))
             about["rejection"] = "as each set says"
         else:
