@@ -6,7 +6,9 @@
 Other collections of `longseq dna data` likewise, which show accuracy or F1 (here its mean over the classes).
 
 What follows `--` are options of `longseq dna train`, the same for all tasks; --test is added unless --no-test is given,
-so that a recipe can be chosen on dev. A command that was stopped goes on where each task's results are there.
+so that a recipe can be chosen on dev. What follows a second `--` are options with which one model is first trained on
+all tasks together (gue_joint.py), from which each then starts. A command that was stopped goes on after the last task
+with results. `longseq bench run gue --size gpu --show` has the recipes behind the table.
 """
 
 import argparse
@@ -44,15 +46,29 @@ def measured(task: str, data: Path, run: Path, words: list[str]) -> dict:
     return row | {"records": results["models"][0]["records"], "seconds": round(time.perf_counter() - started, 1)}
 
 
-if __name__ == "__main__":
+def together(data: Path, run: Path, words: list[str]) -> str:
+    """The folder of a model of all tasks, which is trained unless that is done."""
+    from gue_joint import write  # which imports this file
+
+    place = run / "joint"
+    if not (place / "results.json").exists():
+        write(data, run / "joint-table")
+        if main(["dna", "train", str(run / "joint-table"), str(place), "--targets", "multi", *words]):
+            sys.exit(2)
+    return str(place / "model")
+
+
+def measure() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("run", type=Path)
     parser.add_argument("--name", required=True, help="of the file in benchmarks/results")
     parser.add_argument("--no-test", action="store_true")
-    own, _, options = " ".join(sys.argv[1:]).partition(" -- ")
+    own, options, first = [*" ".join(sys.argv[1:]).split(" -- "), "", ""][:3]
     given = parser.parse_args(own.split())
     words = options.split() + ([] if given.no_test else ["--test"])
+    if first:
+        words += ["--start-from", together(given.data, given.run, first.split())]
     rows = [measured(task, given.data, given.run, words) for task in tasks(given.data)]
     means = {key: sum(row[key] for row in rows) / len(rows) for key in ("dev_mcc", "test_mcc") if key in rows[0]}
     rows.append({"task": "mean", **means})
@@ -61,3 +77,7 @@ if __name__ == "__main__":
         sep="\n",
     )
     print(record.write_result(given.name, rows))
+
+
+if __name__ == "__main__":
+    measure()

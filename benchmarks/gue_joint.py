@@ -47,18 +47,23 @@ def apart(sequences: polars.Series, held: polars.Series) -> polars.Series:
     return polars.Series([known.isdisjoint(words(text) | words(reverse_complement(text))) for text in sequences])
 
 
+def write(data: Path, out: Path) -> None:
+    """train.csv and dev.csv of all tasks in `data`."""
+    names = tasks(data)
+    train, dev, test = (joined(data, names, split) for split in ("train", "dev", "test"))
+    kept = train.filter(apart(train["sequence"], polars.concat([dev["sequence"], test["sequence"]])))
+    out.mkdir(parents=True, exist_ok=True)
+    kept.write_csv(out / "train.csv")
+    dev.write_csv(out / "dev.csv")
+    print(f"{len(kept):,} of {len(train):,} training sequences are apart from all of dev and test", file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     given = parser.parse_args()
-    names = tasks(given.data)
-    train, dev, test = (joined(given.data, names, split) for split in ("train", "dev", "test"))
-    kept = train.filter(apart(train["sequence"], polars.concat([dev["sequence"], test["sequence"]])))
-    given.out.mkdir(parents=True, exist_ok=True)
-    kept.write_csv(given.out / "train.csv")
-    dev.write_csv(given.out / "dev.csv")
-    print(f"{len(kept):,} of {len(train):,} training sequences are apart from all of dev and test", file=sys.stderr)
+    write(given.data, given.out)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,26 @@ Size = Literal["laptop", "gpu"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What follows a program's name in each size; None where it has none."""
+    """What follows a program's name in each size, a line for each time that it is run; None where it has none."""
 
     laptop: str | None = ""
     gpu: str | None = ""
 
 
+_GUE_NETWORKS = (
+    "--strands conjoined --mutation-rate 0.03 --training.weight-decay 0.1 --training.precision bf16 "
+    "--training.ema-decay 0.99 --training.device cuda"
+)
+_GUE_EACH = f"{_GUE_NETWORKS} --batch-tokens 8192 --training.learning-rate 1e-3 --seeds 3"
+_GUE_RECIPES = {  # for each task; after a second --, for all of them together before
+    "gue-kmer": "--baseline kmer",
+    "gue-cnn": "--baseline cnn --pool max --dropout 0.2 --training.max-steps 3000 --training.validate-every 150 "
+    f"{_GUE_EACH}",
+    "gue-mamba2": f"--dropout 0.3 --training.max-steps 2400 --training.validate-every 120 {_GUE_EACH} -- "
+    "--mixer mamba2 --bidirectional --d-model 128 --n-layer 4 --d-state 64 --pool mean --dropout 0.2 --epochs 12 "
+    f"--batch-tokens 65536 --training.learning-rate 2e-3 {_GUE_NETWORKS}",
+}
+_GUE = [f"$LONGSEQ_DATA/dna/gue runs/{name} --name {name} -- {recipe}" for name, recipe in _GUE_RECIPES.items()]
 _GPU_ONLY = Sizes(laptop=None)
 _FSDD, _VARIANTS = "$LONGSEQ_DATA/audio/fsdd", "$LONGSEQ_DATA/variants/human_chr20_1mb"
 SIZES = {
@@ -55,7 +69,7 @@ SIZES = {
     "decode": Sizes(None, "--mixers mamba2 mamba attention --batches 1 2 4 8 16 32 64 128"),
     "fasta": Sizes(gpu=None),
     "generate": Sizes("--device cpu --batches 1 8 --seconds 1"),
-    "gue": Sizes(*["$LONGSEQ_DATA/dna/gue runs/gue-kmer --name gue-kmer -- --baseline kmer"] * 2),
+    "gue": Sizes(_GUE[0], "\n".join(_GUE)),
     "kernels_cpu": Sizes(gpu=None),
     "music_context": Sizes(
         "runs/music-laptop runs/context-laptop --lengths 4096 16384 --samples 65536 --step 16384 --widths 32 32 "
@@ -209,13 +223,14 @@ def _commands(name: str, size: Size) -> tuple[tuple[str, ...], ...]:
     if words is None:
         raise InputError(f"{name} has no size {size}; `python {program} --help` says what it needs")
     if "$LONGSEQ_DATA" in words and not os.environ.get("LONGSEQ_DATA"):
-        raise InputError(f"{name} reads data; set LONGSEQ_DATA to the folder that is meant in: {words}")
+        line = words.partition("\n")[0]
+        raise InputError(f"{name} reads data; set LONGSEQ_DATA to the folder that is meant in: {line}")
     missing = [word for word in words.split() if word in MADE_BY and not Path(word).exists()]
     several = ("-m", "torch.distributed.run", "--nproc-per-node", "gpu" if size == "gpu" else "2")
     start = (sys.executable, *(several if name == "sequence_parallel" else ()), program)
     return (
         *((sys.executable, "-m", "seqmodels", *_split(MADE_BY[word])) for word in missing),
-        (*start, *_split(words)),
+        *((*start, *_split(line)) for line in words.split("\n")),
     )
 
 

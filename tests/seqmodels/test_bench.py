@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -60,7 +61,7 @@ def test_run_says_which_results_were_written_and_hands_on_the_code_of_a_failure(
     [
         (["nonsense"], "'nonsense' is not the name of a program; the names are copying, induction, mqar"),
         (["ssd", "--size", "laptop"], "ssd has no size laptop"),
-        (["gue"], "set LONGSEQ_DATA to the folder"),
+        (["gue", "--size", "gpu"], "set LONGSEQ_DATA to the folder"),
     ],
 )
 def test_bad_words_get_one_line(words, said, monkeypatch, capsys):
@@ -89,11 +90,12 @@ def test_every_command_of_a_table_is_one_that_its_program_takes(size, monkeypatc
         if words is None:
             continue
         source = (PROGRAMS / f"{name}.py").read_text() + (PROGRAMS / "timing.py").read_text()
-        own = words.split(" -- ")[0].split()
-        positional = re.findall(r'add_argument\("([a-z]\w*)"(.*)', (PROGRAMS / f"{name}.py").read_text())
-        given = len(list(itertools.takewhile(lambda word: not word.startswith("--"), own)))
-        assert given == len(positional) or (given > len(positional) and "nargs" in positional[-1][1]), name
-        assert all(f'"{word}"' in source for word in own if word.startswith("--")), name
+        for line in words.split("\n"):
+            own = line.split(" -- ")[0].split()
+            positional = re.findall(r'add_argument\("([a-z]\w*)"(.*)', (PROGRAMS / f"{name}.py").read_text())
+            given = len(list(itertools.takewhile(lambda word: not word.startswith("--"), own)))
+            assert given == len(positional) or (given > len(positional) and "nargs" in positional[-1][1]), name
+            assert all(f'"{word}"' in source for word in own if word.startswith("--")), name
     for task in ("copying", "induction", "mqar"):
         commands = bench._commands(task, size)
         assert len(set(commands)) == len(commands)
@@ -114,6 +116,21 @@ def test_what_a_program_needs_first_is_made_once_by_a_command_that_parses(tmp_pa
     assert program[2:5] == ("spoken-digits", "a folder/audio/fsdd", "runs/judges")
     (tmp_path / "runs" / "judges").mkdir(parents=True)
     assert bench._commands("spoken_digits", "gpu") == (program,)
+
+
+def test_the_recipes_of_gue_are_those_of_its_records(monkeypatch):
+    monkeypatch.setenv("LONGSEQ_DATA", "data")
+    commands = bench._commands("gue", "gpu")
+    assert bench._commands("gue", "laptop") == commands[:1]
+    for command in commands:
+        name = command[command.index("--name") + 1]
+        record = json.loads((PROGRAMS / "results" / f"{name}.json").read_text())
+        recorded = record["command"].split(" -- ")[1:]
+        if "how" in record:  # a model of all tasks that was trained by hand before
+            each = recorded[0].replace("--start-from runs/joint/model ", "")
+            recorded = [each, record["how"].split("runs/joint ")[1].replace("--targets multi ", "")]
+        given = shlex.join(command).split(" -- ")[1:]
+        assert [sorted(part.split()) for part in given] == [sorted(part.split()) for part in recorded], name
 
 
 def parse(function, words):
