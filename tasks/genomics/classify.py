@@ -117,7 +117,7 @@ def classify(
     bases before and after each, each read by itself; a good approximation, in little memory.
 
     Args:
-        files: FASTA files, plain or compressed with gzip or BGZF; - is standard input.
+        files: FASTA files, plain or compressed with gzip or BGZF, also GenBank, EMBL or FASTQ; - is standard input.
         model: Name of a shipped model, folder of a trained one, or its id on the Hugging Face hub.
         output: File for the table; without it the table goes to the screen.
         region: Part of a sequence, like chr1:1,000-2,000 (the first base is 1, and 2,000 is part of it), chr1:1000 (to

@@ -82,7 +82,7 @@ def embed(
     Beside the output, <output>.json says how it was made, as for dna classify.
 
     Args:
-        files: FASTA files, plain or compressed with gzip or BGZF; - is standard input.
+        files: FASTA files, plain or compressed with gzip or BGZF, also GenBank, EMBL or FASTQ; - is standard input.
         model: Folder of a model of DNA, name of a shipped one, or its id on the Hugging Face hub.
         output: File to write: .npz, .parquet or .safetensors.
         layer: 0: what enters the first layer; i: the residual stream after layer i; -1: after the last layer and the

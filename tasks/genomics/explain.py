@@ -90,7 +90,7 @@ def explain(
     missing, outside (as of dna classify), or too_long (see --batch-tokens). <output>.json says how the table was made.
 
     Args:
-        files: FASTA files, plain or compressed with gzip or BGZF; - is standard input.
+        files: FASTA files, plain or compressed with gzip or BGZF, also GenBank, EMBL or FASTQ; - is standard input.
         model: Name of a shipped model, folder of a trained one, or its id on the Hugging Face hub: a classifier (dna
             train) or a model that predicts bases (dna pretrain, Caduceus).
         output: File for the table; without it the table goes to the screen.

@@ -1,7 +1,8 @@
 """FASTA as a stream: records of token chunks, in memory that does not grow with the file or the record.
 
-Plain, gzip and BGZF files are told apart by their first bytes, and standard input is the file `-`. A damaged file gives
-its good records first; `FastaReader` then raises an InputError that says what is wrong.
+Plain, gzip and BGZF files are told apart by their first bytes, and standard input is the file `-`. GenBank, EMBL and
+FASTQ are read as FASTA (formats.py). A damaged file gives its good records first; `FastaReader` then raises an
+InputError that says what is wrong.
 """
 
 import gzip
@@ -16,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from seqmodels.errors import InputError
+from seqmodels.tasks.genomics.formats import as_fasta
 from seqmodels.tasks.genomics.tokens import WHITE_SPACE, Counts, Tokens, encode_marked, tokens_of
 
 BLOCK = 1 << 17
@@ -73,7 +75,7 @@ class FastaReader:
     def __iter__(self) -> Iterator[Record]:
         with open_bytes(self._path, self.name) as raw:
             stream, self._bgzf = decompressed(raw, self.name)
-            yield from self._records(stream)
+            yield from self._records(as_fasta(stream, self.name))
         if self._problem:
             raise InputError(self._problem)
 
@@ -102,9 +104,6 @@ class FastaReader:
             self._problem = f"{self.name} is a binary file; give a FASTA file, plain or compressed with gzip"
             return None
         shown = text.strip().split(b"\n")[0][:30].decode("utf-8", errors="replace")
-        if shown.startswith("@"):
-            self._problem = f"{self.name} begins with {shown!r}, perhaps FASTQ; convert it to FASTA"
-            return None
         self._problem = f"{self.name} has text before the first '>' ({shown!r}); remove it or give a FASTA file"
         header = next((part for part in parts if part[0]), None)
         if header is None and not self._broken:
@@ -163,6 +162,8 @@ class FastaReader:
                 yield block
             if self._bgzf is not None:
                 self._bgzf.check()
+        except InputError as error:  # of another format
+            self._problem = str(error)
         except EOFError:
             self._fail("is cut off (the gzip stream does not end); copy or download it again")
         except (zlib.error, gzip.BadGzipFile) as error:

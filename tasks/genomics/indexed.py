@@ -21,6 +21,7 @@ import pyfaidx
 
 from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.fasta import BLOCK, FastaReader, decompressed, open_bytes, parse_header
+from seqmodels.tasks.genomics.formats import as_fasta, format_of
 from seqmodels.tasks.genomics.tokens import WHITE_SPACE
 
 _NO_BASE = (bytes(range(128)) + b"\x7f" * 128).replace(b">", b"\x7f")  # what pyfaidx would not take for sequence
@@ -111,6 +112,7 @@ class IndexedFasta:
                 stream, bgzf = decompressed(raw, self.name)
                 suffix = path.suffix.lower()  # pyfaidx goes by it
                 as_it_is = suffix in (".gz", ".bgz") if bgzf else stream is raw and suffix not in (".gz", ".bgz")
+                as_it_is = as_it_is and format_of(stream) is None
             next(iter(FastaReader(path)))  # says what is no FASTA at all
             if as_it_is:
                 with contextlib.suppress(pyfaidx.FastaIndexingError, RuntimeError, UnicodeDecodeError):
@@ -176,6 +178,7 @@ class IndexedFasta:
         try:
             with open_bytes(self.path, self.name) as raw, open(place, "wb") as file:
                 stream, bgzf = decompressed(raw, self.name)
+                stream = as_fasta(stream, self.name)
                 number, at_start = 0, True
                 while line := stream.readline(BLOCK):
                     if number == 0 and line.startswith(b"\xef\xbb\xbf"):

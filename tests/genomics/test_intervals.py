@@ -212,7 +212,7 @@ def test_lines_of_any_shape_give_the_bases_that_are_there(tmp_path, text):
     [
         (b">a\nAC\n>a\nGT\n", "several sequences named"), (b"", "is empty"), (b"hello\n", "has no FASTA record"),
         (b"AC\n>a\nGT\n", "text before the first '>'"), (b">\nAC\n", "record 1 has no name"),
-        (gzip.compress(b">a\n" + b"ACGT" * 5000)[:-12], "is cut off"), (b"@r\nAC\n+\nII\n", "perhaps FASTQ"),
+        (gzip.compress(b">a\n" + b"ACGT" * 5000)[:-12], "is cut off"), (b"@r\nAC\n+\nI\n", "is not whole FASTQ"),
     ],
 )  # fmt: skip
 def test_a_fasta_file_without_random_access_is_told(tmp_path, content, said):
