@@ -72,8 +72,8 @@ SIZES = {
     "gue": Sizes(_GUE[0], "\n".join(_GUE)),
     "kernels_cpu": Sizes(gpu=None),
     "music_context": Sizes(
-        "runs/music-laptop runs/context-laptop --lengths 4096 16384 --samples 65536 --step 16384 --widths 32 32 "
-        "--depths 1 1 --pools 16 --precision 32 --device cpu",
+        "runs/music-laptop runs/context-laptop --rate 8000 --lengths 4096 16384 --samples 65536 --step 16384 "
+        "--widths 32 32 --depths 1 1 --pools 16 --precision 32 --device cpu",
         "runs/music runs/context",
     ),
     "scaling": Sizes("--device cpu --lengths 1024 4096 --mixers mamba2 --layers 2"),
@@ -105,7 +105,7 @@ _BASES = f"dna pretrain {_VARIANTS}/z.fa.gz"
 MADE_BY = {  # what programs read, and the command of longseq that makes it where it is missing
     "runs/judges": f"audio judge {_FSDD} runs/judges --validation index=5-9",
     "runs/music": f"{_CHORALES} runs/music --workers 16",
-    "runs/music-laptop": f"{_CHORALES} runs/music-laptop --seconds 4 --tempo [600,600]",
+    "runs/music-laptop": f"{_CHORALES} runs/music-laptop --seconds 2 --sample-rate 8000 --tempo [2400,2400]",
     "runs/bases/model": f"{_BASES} runs/bases --objective masked-token --strands equivariant --batch-tokens 131072 "
     "--training.max-steps 1000 --training.validate-every 250 --training.learning-rate 2e-3 --training.precision bf16",
     "runs/bases-laptop/model": f"{_BASES} runs/bases-laptop --window 512 --batch-tokens 8192 --d-model 32 --n-layer 1 "
