@@ -38,6 +38,8 @@ _GUE_RECIPES = {  # for each task; after a second --, for all of them together b
     "gue-kmer": "--baseline kmer",
     "gue-cnn": "--baseline cnn --pool max --dropout 0.2 --training.max-steps 3000 --training.validate-every 150 "
     f"{_GUE_EACH}",
+    "gue-hybrid": "--mixer cnn,cnn,mamba2 --n-layer 6 --bidirectional --d-model 128 --d-state 64 --pool max --dropout 0.2 "
+    f"--training.max-steps 3000 --training.validate-every 150 {_GUE_EACH}",
     "gue-mamba2": f"--dropout 0.3 --training.max-steps 2400 --training.validate-every 120 {_GUE_EACH} -- "
     "--mixer mamba2 --bidirectional --d-model 128 --n-layer 4 --d-state 64 --pool mean --dropout 0.2 --epochs 12 "
     f"--batch-tokens 65536 --training.learning-rate 2e-3 {_GUE_NETWORKS}",
