@@ -38,8 +38,8 @@ _GUE_RECIPES = {  # for each task; after a second --, for all of them together b
     "gue-kmer": "--baseline kmer",
     "gue-cnn": "--baseline cnn --pool max --dropout 0.2 --training.max-steps 3000 --training.validate-every 150 "
     f"{_GUE_EACH}",
-    "gue-hybrid": "--mixer cnn,cnn,mamba2 --n-layer 6 --bidirectional --d-model 128 --d-state 64 --pool max --dropout 0.2 "
-    f"--training.max-steps 3000 --training.validate-every 150 {_GUE_EACH}",
+    "gue-hybrid": "--mixer cnn,cnn,mamba2 --n-layer 6 --bidirectional --d-model 128 --d-state 64 --pool max --dropout "
+    f"0.2 --training.max-steps 3000 --training.validate-every 150 {_GUE_EACH}",
     "gue-mamba2": f"--dropout 0.3 --training.max-steps 2400 --training.validate-every 120 {_GUE_EACH} -- "
     "--mixer mamba2 --bidirectional --d-model 128 --n-layer 4 --d-state 64 --pool mean --dropout 0.2 --epochs 12 "
     f"--batch-tokens 65536 --training.learning-rate 2e-3 {_GUE_NETWORKS}",
@@ -73,6 +73,15 @@ SIZES = {
     "generate": Sizes("--device cpu --batches 1 8 --seconds 1"),
     "gue": Sizes(_GUE[0], "\n".join(_GUE)),
     "kernels_cpu": Sizes(gpu=None),
+    "raw_digits": Sizes(
+        f"{_FSDD} runs/raw_digits-laptop --name raw_digits-laptop --seeds 1 -- --widths [16,16] --depths [1,1] --pools "
+        "[16] --head-dim 8 --clips.batch-tokens 16384 --training.max-steps 60 --training.validate-every 30 "
+        "--training.device cpu",
+        f"{_FSDD} runs/raw_digits --name raw_digits -- --start-from spoken-digits --dropout 0.2 --clips.silence 0.05 "
+        "--clips.flip --clips.speed-change 8 --clips.speeds 8 --clips.noise 5 --clips.mask 0.1 --training.max-steps "
+        "2000 --training.validate-every 200 --training.learning-rate 5e-4 --training.precision bf16 --training.weights "
+        "bfloat16 --training.num-workers 3 --training.device cuda",
+    ),
     "music_context": Sizes(
         "runs/music-laptop runs/context-laptop --rate 8000 --lengths 4096 16384 --samples 65536 --step 16384 "
         "--widths 32 32 --depths 1 1 --pools 16 --precision 32 --device cpu",

@@ -27,9 +27,9 @@ from seqmodels.training import TrainingConfig, as_started, fit
 BACKBONE = dataclasses.replace(presets.mamba2(16, 2, head_dim=8, d_state=4), dropout=0.1)
 CONFIG = ModelConfig(vocab_size=5, backbone=BACKBONE, head=HeadConfig(task="next_token"))
 TRAINING = TrainingConfig(
-    max_steps=4, validate_every=2, learning_rate=1e-2, accumulate=2, gradient_clip=0.1, device="cpu"
+    max_steps=6, validate_every=2, learning_rate=1e-2, accumulate=2, gradient_clip=0.1, device="cpu"
 )
-PLAIN = dataclasses.replace(CONFIG, backbone=presets.mamba2(16, 1, head_dim=8, d_state=4))
+PLAIN = dataclasses.replace(CONFIG, backbone=presets.mamba2(16, 2, head_dim=8, d_state=4))
 LABELS = dataclasses.replace(
     CONFIG,
     backbone=presets.mamba2(8, 1, bidirectional=True, head_dim=8, d_state=4),
@@ -164,7 +164,7 @@ def test_two_processes_make_the_run_of_one_with_twice_the_batches_per_step(runs,
     assert (
         len([path for path in (folder / strategy / "logs").rglob("*.*") if path.suffix != ".yaml"]) == 2
     )  # CSV, events
-    assert messages.count("step 4/4") == 4  # one process reports, in each of four runs that end
+    assert messages.count("step 6/6") == 4  # one process reports, in each of four runs that end
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -174,7 +174,7 @@ def test_a_broken_run_of_two_processes_resumes_to_the_same_weights_to_the_bit(ru
         torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
         for name in (strategy, f"{strategy}-broken")
     )
-    assert whole["global_step"] == resumed["global_step"] == 4
+    assert whole["global_step"] == resumed["global_step"] == 6
     torch.testing.assert_close(resumed["state_dict"], whole["state_dict"], rtol=0, atol=0)
     for a, b in zip(whole["optimizer_states"], resumed["optimizer_states"], strict=True):
         torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)
