@@ -56,6 +56,7 @@ from seqmodels.graphs import GradientGraphs
 from seqmodels.heads import Model, build
 from seqmodels.sequence_parallel import check_shareable, parallelise, split
 
+LOG_EVERY = 10  # steps
 Batch = dict[str, Tensor]
 Tune = Literal["full", "head"]
 
@@ -206,7 +207,7 @@ def fit(
             precision={"32": "32-true", "bf16": "bf16-mixed"}[training.precision],  # pyright: ignore
             reload_dataloaders_every_n_epochs=1,  # an epoch is what lies between two validations
             num_sanity_val_steps=0,
-            log_every_n_steps=10,
+            log_every_n_steps=LOG_EVERY,
             enable_progress_bar=bar,
             enable_model_summary=False,
             callbacks=[*callbacks, *checkpoints],
@@ -453,7 +454,8 @@ class _Task(pl.LightningModule):
         self.lr_schedulers().step()  # pyright: ignore
         readers = self.training_config.readers
         self.read = (numbers[-1] // readers + 1) * readers
-        self.log_dict({f"train_{name}": value for name, value in values.items()}, batch_size=1)
+        if self.trainer.is_last_batch or self.global_step % LOG_EVERY == 0:  # nobody sees the others
+            self.log_dict({f"train_{name}": value for name, value in values.items()}, batch_size=1)
 
     def _gradients(self, numbers: Sequence[int], batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Adds up the gradients of the mean of the loss over the terms of all batches, and gives the means."""
