@@ -1,13 +1,16 @@
-"""Times the generation of sound with the shipped spoken-digits model, and lets it run for a minute of 16 kHz.
+"""Times the generation of sound with the shipped spoken-digits model, and lets a model run for a minute of 16 kHz.
 
     python benchmarks/generate.py                       # on a GPU writes benchmarks/results/<gpu>/generate.json
     python benchmarks/generate.py --device cpu --batches 1 8 --seconds 1
-    python benchmarks/generate.py --minute              # 960,000 samples in one run: speed, memory, energy, entropy
+    python benchmarks/generate.py --minute --model runs/context/122880/model      # of music_context.py
+
+--minute is 960,000 samples in one run: speed, memory, energy, entropy. It is for models of long recordings: one of
+words falls silent after its word.
 
 Samples per second are those of decoding from the drawn sample to the next one: the model's step, guidance, filters and
 the draw, the results brought to main memory every 256 steps, as `longseq audio generate` does; the prompt (a label) and
 the recording of CUDA graphs come before. The end is barred, so that every row goes on: of each batch `seconds` of
-sound after a quarter of that for warming up, best of `--repeats`. The minute's rows are seconds at the model's 8 kHz:
+sound after a quarter of that for warming up, best of `--repeats`. The minute's rows are seconds at the model's rate:
 level in dBFS, the mean of -log2 p of the samples drawn, whose expectation is the entropy of what the model predicts,
 and the memory in use.
 """
@@ -33,9 +36,9 @@ MINUTE = 960_000
 
 
 def sampler_of(model: Any, b: int, sampling: Sampling, seed: int = 0) -> Sampler:
-    """Of b rows that say seven, without an end."""
-    mu_law = mu_law_of(model.config.tokenizer)
-    given = label_ids(model.config.conditions, {"digit": "seven"}).to(model.device)
+    """Of b rows that say seven, if the model knows digits, without an end."""
+    mu_law, known = mu_law_of(model.config.tokenizer), {condition.name for condition in model.config.conditions}
+    given = label_ids(model.config.conditions, {"digit": "seven"} if "digit" in known else {}).to(model.device)
     if sampling.guidance != 1:
         given = torch.cat([given, label_ids(model.config.conditions, {}).to(model.device)])
     given = given.repeat_interleave(b, 0)
@@ -82,7 +85,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if options.minute:
         model = seqmodels.load(options.model, device=device)
-        rows.append(run_long(model, options.samples, sampling) | about)
+        rows.append(run_long(model, options, sampling) | about)
         record.write_rows("generate", rows)
         return
     for dtype in options.dtypes if device.type == "cuda" else ("float32",):
@@ -107,12 +110,12 @@ def main() -> None:
             del sampler
 
 
-def run_long(model: Any, samples: int, sampling: Sampling) -> dict[str, Any]:
-    """One row's `samples`, second by second."""
+def run_long(model: Any, options: argparse.Namespace, sampling: Sampling) -> dict[str, Any]:
+    """One row's samples, second by second."""
     mu_law = mu_law_of(model.config.tokenizer)
     sampler, seconds = sampler_of(model, 1, sampling), []
     begun = time.perf_counter()
-    for _ in range(0, samples, mu_law.sample_rate):
+    for _ in range(0, options.samples, mu_law.sample_rate):
         tokens, nats = draw(sampler, mu_law.sample_rate)
         level = float(np.sqrt(np.mean(np.square(mu_law.decode(tokens[0]), dtype=np.float64))))
         seconds.append({
@@ -124,8 +127,8 @@ def run_long(model: Any, samples: int, sampling: Sampling) -> dict[str, Any]:
     took = time.perf_counter() - begun
     made = len(seconds) * mu_law.sample_rate
     return {
-        "op": "generate", "impl": "ours", "shape": {"b": 1, "guidance": sampling.guidance}, "l": made,
-        "dtype": "float32", "pass": "long run", "samples_per_s": round(made / took),
+        "op": "generate", "impl": "ours", "l": made, "dtype": "float32", "pass": "long run",
+        "shape": {"model": options.model, "b": 1, "guidance": sampling.guidance}, "samples_per_s": round(made / took),
         "columns": list(seconds[0]), "each_second": [list(second.values()) for second in seconds],
     }  # fmt: skip
 
