@@ -141,6 +141,8 @@ def pretrain(
             raise InputError(f"{name} is {value}; expected {span}")
     if strands == "equivariant" and not masked:
         raise InputError("strands equivariant reads both directions; give --objective masked-token with it")
+    if masked and "attention" in (mixer or "").split(","):
+        raise InputError("attention reads in one direction only, which serves next-token; name another --mixer")
     described = tie_projections or kmer or {mixer, d_model, n_layer, d_state} != {None}
     backbone = choose_backbone(
         start_from, mixer, d_model, n_layer, d_state, kmer=kmer_config(kmer, kmer_width), strands=strands,

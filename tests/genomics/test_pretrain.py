@@ -258,6 +258,7 @@ def test_the_layers_of_a_pretrained_model_go_on_with_the_same_objective_only(fas
         ({"leave_out": "one,four"}, "leave_out names the record 'four'"),
         ({"mask_fraction": 0.0}, "mask_fraction is 0.0"),
         ({"strands": "equivariant"}, "give --objective masked-token"),
+        ({"objective": "masked-token", "mixer": "attention"}, "attention reads in one direction only"),
         ({"training": steps(carry_state=True)}, "windows are drawn at random"),
         ({"bed": "one\t10\n"}, "line 1 has 2 columns"),
         ({"bed": "four\t10\t20\n"}, "no record 'four'"),
