@@ -18,18 +18,10 @@ from pathlib import Path
 
 import record
 
-from seqmodels.cli import main
-
 ECOLI = "enterobacteria/ecoli_K12_MG1655.fa.gz", "enterobacteria/ecoli_K12_MG1655.cds.bed.gz"
 YEAST = "yeast_s288c/S288C_R64-1-1.fa.gz", "yeast_s288c/S288C.cds.bed.gz"
 VALIDATION, TEST = "NC_000913.3:3700001-4160000", "NC_000913.3:4160001-4641652"
 METRICS = ("f1", "precision", "recall", "mcc", "auroc")
-
-
-def run(*words: object) -> None:
-    """One command; ends where it fails."""
-    if code := main(["dna", *map(str, words)]):
-        sys.exit(code)
 
 
 def row(on: str, results: list[dict]) -> dict:
@@ -56,8 +48,8 @@ if __name__ == "__main__":
         parser.error("name the folder of data with --data or LONGSEQ_DATA")
     genomes, started = given.data / "genomes", time.perf_counter()
     more = ([] if given.no_test else ["--test"]) + ["--training.resume"] * (given.run / "results.json").exists()
-    run("train", genomes / ECOLI[0], given.run, "--annotation", genomes / ECOLI[1], "--validation", VALIDATION,
-        "--leave-out", TEST, *more, *options.split())  # fmt: skip
+    record.run("dna", "train", genomes / ECOLI[0], given.run, "--annotation", genomes / ECOLI[1], "--validation",
+               VALIDATION, "--leave-out", TEST, *more, *options.split())  # fmt: skip
     seconds = time.perf_counter() - started
     models = json.loads((given.run / "results.json").read_text())["models"]
     measured = {on: [model["results"][on][0] for model in models] for on in models[0]["results"]}
@@ -65,8 +57,8 @@ if __name__ == "__main__":
         measured["yeast"] = []
         for model in models:
             folder, report = (given.run if len(models) == 1 else given.run / model["folder"]), "yeast.json"
-            run("evaluate", folder / "model", "--data", genomes / YEAST[0], "--annotation", genomes / YEAST[1],
-                "--output", folder / report)  # fmt: skip
+            record.run("dna", "evaluate", folder / "model", "--data", genomes / YEAST[0], "--annotation",
+                       genomes / YEAST[1], "--output", folder / report)  # fmt: skip
             measured["yeast"] += json.loads((folder / report).read_text())["results"]
     rows = [row(on, results) for on, results in measured.items()]
     for r in rows:

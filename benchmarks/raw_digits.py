@@ -15,23 +15,15 @@ from pathlib import Path
 
 import record
 
-from seqmodels.cli import main
-
 KEPT = ("weights_sha256", "n", "metrics", "per_class", "confusion", "classes")  # of what `audio evaluate` writes
-
-
-def run(*words: object) -> None:
-    """One command; ends where it fails."""
-    if code := main(["audio", *map(str, words)]):
-        sys.exit(code)
 
 
 def measured(data: Path, folder: Path, seed: int, words: list[str]) -> dict:
     """The row of one seed."""
     if not (folder / "model" / "model.safetensors").exists():
         words = ["--classify", "word", "--clips.validation", "index=5-9", *words]
-        run("train", data, folder, *words, "--clips.seed", seed, "--training.seed", seed)
-    run("evaluate", data, "--model", folder / "model", "--output", folder / "test.json")
+        record.run("audio", "train", data, folder, *words, "--clips.seed", seed, "--training.seed", seed)
+    record.run("audio", "evaluate", data, "--model", folder / "model", "--output", folder / "test.json")
     found = json.loads((folder / "test.json").read_text())
     return {"seed": seed, **{name: found[name] for name in KEPT}}
 

@@ -9,10 +9,17 @@ from typing import Any
 
 import torch
 
+from seqmodels.cli import main
 from seqmodels.files import make_folder, write_json
 from seqmodels.record import add_rows, commit, folder_of, machine, versions
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def run(*words: object) -> None:
+    """One command of longseq; the program ends where it fails."""
+    if code := main([*map(str, words)]):
+        sys.exit(code)
 
 
 def write_result(name: str, rows: list[dict[str, Any]], commit_given: str | None = None) -> Path:

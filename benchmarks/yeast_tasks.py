@@ -74,12 +74,10 @@ def main() -> None:
     for task in (coding, start):
         make_folder(given.out / task.__name__)
         for split, most in MOST.items():
-            number = min(most, *(len(found[task.__name__, split, label]) for label in (0, 1)))
-            rows = [
-                (found[task.__name__, split, label][i], label)
-                for label in (0, 1)
-                for i in rng.choice(len(found[task.__name__, split, label]), number, replace=False)
-            ]
+            classes = [found[task.__name__, split, label] for label in (0, 1)]
+            number = min(most, *map(len, classes))
+            drawn = (rng.choice(len(windows), number, replace=False) for windows in classes)
+            rows = [(classes[label][i], label) for label, places in enumerate(drawn) for i in places]
             with (given.out / task.__name__ / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("sequence", "label"), *(rows[i] for i in rng.permutation(len(rows)))])
             print(f"{task.__name__:8} {split:6} {len(rows):6} windows")

@@ -56,7 +56,8 @@ class _Whole:
         """Of all parts."""
         if self.gradient is None:
             self.gradient = torch.empty(**self.form)
-            self.gradient[..., sum(map(math.prod, self.shapes)) :] = 0
+            if (used := sum(map(math.prod, self.shapes))) < self.gradient.shape[-1]:
+                self.gradient[..., used:] = 0
         return _views(self.gradient, self.shapes)
 
     def hand_over(self) -> Tensor:

@@ -367,13 +367,11 @@ def _aligned(linear: nn.Linear, x: Tensor) -> Tensor:
     648 (width 128) the products take three times as long.
     """
     more = -linear.out_features % 8
-    if not more or not x.is_cuda or not (x.dtype in _HALF or torch.is_autocast_enabled("cuda")):
+    half = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda")
+    if not (more and half and x.is_cuda):
         return linear(x)
     bias = None if linear.bias is None else F.pad(linear.bias, (0, more))
     return F.linear(x, F.pad(linear.weight, (0, 0, 0, more)), bias)
-
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 def _wide(parameter: Tensor) -> Tensor:

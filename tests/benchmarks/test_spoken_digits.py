@@ -15,7 +15,7 @@ LITTLE = "--training.max-steps 2 --widths [16,16] --head-dim 16 --depths [1,1] -
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def trained(tmp_path_factory):
     """Recordings of two words, judges of them, and two models: told the word, and told nothing."""
     folder = tmp_path_factory.mktemp("spoken")
     (folder / "real").mkdir()
@@ -36,7 +36,7 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture
-def rows_of(workplace, monkeypatch):
+def rows_of(trained, monkeypatch):
     """What the program records when it is given a model and options."""
     monkeypatch.syspath_prepend(PROGRAMS)
     import spoken_digits
@@ -45,7 +45,7 @@ def rows_of(workplace, monkeypatch):
         kept = {}
         monkeypatch.setattr(spoken_digits, "write_result", lambda name, rows: kept.update({name: rows}))
         monkeypatch.setattr(spoken_digits, "PUBLISHED", (24, 6))
-        words = ["program", f"{workplace}/{model}/model", f"{workplace}/real", f"{workplace}/judges"]
+        words = ["program", f"{trained}/{model}/model", f"{trained}/real", f"{trained}/judges"]
         monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu", "--seconds", "0.02", "--batch", "8", *options])
         spoken_digits.main()
         return json.loads(json.dumps(kept["generated_digits"]))
@@ -54,9 +54,9 @@ def rows_of(workplace, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_each_seed_and_all_together_are_measured_and_the_bits_told_the_word_and_not(rows_of, workplace):
+def test_each_seed_and_all_together_are_measured_and_the_bits_told_the_word_and_not(rows_of, trained):
     judges, *clips, over_seeds, told, untold = rows_of("told", "--number", "6", "--seeds", "2")
-    assert judges["accuracies"] == json.loads((workplace / "judges" / "judges.json").read_text())["held_out"]
+    assert judges["accuracies"] == json.loads((trained / "judges" / "judges.json").read_text())["held_out"]
     counts = {row["set"]: row["clips"] for row in clips}
     assert counts | {"seed 0": 6, "seed 1": 6, "all seeds": 12} == counts
     assert {"test", "train", "random phases"} <= counts.keys()
