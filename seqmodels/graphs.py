@@ -4,6 +4,7 @@ A graph is recorded for each shape of batches that comes again, and replayed for
 """
 
 import gc
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -122,7 +123,9 @@ def _few_targets(batch: Batch) -> bool:
 def _no_waiting() -> Iterator[None]:
     """A context in which waiting for the GPU is an error."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -24,6 +24,7 @@ KINDS = {
     "mamba2": (presets.mamba2(64, 2, d_state=16), HeadConfig(task="next_token")),
     "mamba": (presets.mamba(64, 2), HeadConfig(task="next_token")),
     "attention": (presets.attention(64, 2, num_heads=2), HeadConfig(task="next_token")),
+    "window": (presets.attention(64, 2, num_heads=2, window=32), HeadConfig(task="next_token")),
     "both directions": (presets.mamba2(64, 2, bidirectional=True, d_state=16), SEQUENCE),
     "words": (dataclasses.replace(presets.mamba2(64, 1, d_state=16), kmer=WORDS), SEQUENCE),
     "both strands": (presets.caduceus(64, 2, complement_map=COMPLEMENT), SEQUENCE),
@@ -168,8 +169,9 @@ def test_a_graph_gives_the_gradients_metrics_and_dropout_of_each_batch(kind):
 
 
 @pytest.mark.usefixtures("tapes")
-def test_what_is_recorded_gives_the_gradients_metrics_and_dropout_of_each_batch():
-    check_gradients("attention", "cpu")
+@pytest.mark.parametrize("kind", ["attention", "window"])
+def test_what_is_recorded_gives_the_gradients_metrics_and_dropout_of_each_batch(kind):
+    check_gradients(kind, "cpu")
 
 
 def test_what_waits_or_has_no_room_is_not_recorded_and_leaves_no_trace(tapes, monkeypatch):
