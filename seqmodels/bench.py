@@ -44,7 +44,12 @@ _GUE_RECIPES = {  # for each task; after a second --, for all of them together b
     "--mixer mamba2 --bidirectional --d-model 128 --n-layer 4 --d-state 64 --pool mean --dropout 0.2 --epochs 12 "
     f"--batch-tokens 65536 --training.learning-rate 2e-3 {_GUE_NETWORKS}",
 }
-_GUE = [f"$LONGSEQ_DATA/dna/gue runs/{name} --name {name} -- {recipe}" for name, recipe in _GUE_RECIPES.items()]
+_TASKS = {"gue": "$LONGSEQ_DATA/dna/gue", "yeast": "runs/yeast-tasks"}  # those of yeast had no part in any choice
+_GUE = [
+    f"{folder} runs/{name} --name {name} -- {recipe}"
+    for tasks, folder in _TASKS.items()
+    for name, recipe in ((name.replace("gue", tasks), recipe) for name, recipe in _GUE_RECIPES.items())
+]
 _GPU_ONLY = Sizes(laptop=None)
 _FSDD, _VARIANTS = "$LONGSEQ_DATA/audio/fsdd", "$LONGSEQ_DATA/variants/human_chr20_1mb"
 SIZES = {
@@ -113,7 +118,8 @@ SIZES = {
 }
 _CHORALES = "audio render $LONGSEQ_DATA/audio/jsb_chorales/Jsb16thSeparated.json.gz"
 _BASES = f"dna pretrain {_VARIANTS}/z.fa.gz"
-MADE_BY = {  # what programs read, and the command of longseq that makes it where it is missing
+MADE_BY = {  # what programs read, and the program, or the command of longseq, that makes it where it is missing
+    "runs/yeast-tasks": "yeast_tasks.py $LONGSEQ_DATA/genomes/yeast_s288c runs/yeast-tasks",
     "runs/judges": f"audio judge {_FSDD} runs/judges --validation index=5-9",
     "runs/music": f"{_CHORALES} runs/music --workers 16",
     "runs/music-laptop": f"{_CHORALES} runs/music-laptop --seconds 2 --sample-rate 8000 --tempo [2400,2400]",
@@ -240,9 +246,15 @@ def _commands(name: str, size: Size) -> tuple[tuple[str, ...], ...]:
     several = ("-m", "torch.distributed.run", "--nproc-per-node", "gpu" if size == "gpu" else "2")
     start = (sys.executable, *(several if name == "sequence_parallel" else ()), program)
     return (
-        *((sys.executable, "-m", "seqmodels", *_split(MADE_BY[word])) for word in missing),
+        *(_maker(*_split(MADE_BY[word])) for word in dict.fromkeys(missing)),
         *((*start, *_split(line)) for line in words.split("\n")),
     )
+
+
+def _maker(first: str, *words: str) -> tuple[str, ...]:
+    """A program of benchmarks/, or a command of longseq."""
+    start = (os.path.relpath(CHECKOUT / first),) if first.endswith(".py") else ("-m", "seqmodels", first)
+    return (sys.executable, *start, *words)
 
 
 def _split(words: str) -> tuple[str, ...]:
