@@ -48,13 +48,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure, tree
 from torch.utils.data import DataLoader, Dataset
 
 from seqmodels.backbone import Layer, recompute_layers
-from seqmodels.checkpoint import read, read_json, resolve, save
-from seqmodels.config import ModelConfig, MultiscaleConfig, to_dict
+from seqmodels.checkpoint import read_json, save
+from seqmodels.config import ModelConfig, to_dict
 from seqmodels.errors import InputError
 from seqmodels.files import make_folder, write_json
 from seqmodels.graphs import GradientGraphs
 from seqmodels.heads import Model, build
 from seqmodels.sequence_parallel import check_shareable, parallelise, split
+from seqmodels.transfer import take_over
 
 LOG_EVERY = 10  # steps
 Batch = dict[str, Tensor]
@@ -158,9 +159,8 @@ def fit(
 
     With `keep` "both", run/last holds the last ones.
 
-    `start_from` is a checkpoint (name or folder) whose tensors are taken over where name and shape agree, of conditions
-    where name and value do. With `tune`
-    "head" the backbone stays as it is there, and only the head learns.
+    `start_from` is a checkpoint (name or folder) whose tensors are taken over where they fit (seqmodels/transfer.py).
+    With `tune` "head" the backbone stays as it is there, and only the head learns.
 
     The run folder also holds run.json (both configurations, `start_from` and `tune` where given), logs/ (CSV and
     TensorBoard) and checkpoints/.
@@ -177,7 +177,9 @@ def fit(
         raise InputError("tune='head' leaves the backbone as it is, which then has to come from start_from; name one")
     last = _prepare_run(config, training, run, tune, start_from)
     if start_from is not None and last is None:
-        _take_over(model, start_from)
+        taken, there = take_over(model, start_from)
+        if first_process():
+            print(f"took {taken} of {there} tensors from {start_from}", file=sys.stderr)
     if tune == "head":
         model.backbone.requires_grad_(False)
     if training.recompute:
@@ -290,63 +292,6 @@ def _prepare_run(
     make_folder(run)
     write_json(record, settings)
     return last if last.exists() else None
-
-
-def _take_over(model: Model, start_from: str) -> None:
-    (before, tensors), taken = read(resolve(start_from)), []
-    tensors = _labelled_as(model, before, _told_as(model, before, tensors))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in tensors and tensors[name].shape == parameter.shape:
-                parameter.copy_(tensors[name])
-                taken.append(name)
-    if not taken:
-        raise InputError(f"{start_from}: no tensor of this checkpoint fits the new model; check the sizes of both")
-    if first_process():
-        print(f"took {len(taken)} of {len(tensors)} tensors from {start_from}", file=sys.stderr)
-
-
-def _told_as(model: Model, before: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint, with tables for the model's conditions instead of its own.
-
-    Values of equal name of conditions of equal name keep their rows, others have those of the model. What the model is
-    not told counts as not given: its row is added to what every position gets anyway, the embedding of a token or the
-    bias of a pooled step (of a tied head all logits then grow by the same, which changes no probability).
-    """
-    if not before.conditions:
-        return tensors
-    tensors, now = dict(tensors), model.config.conditions
-    stages = len(before.backbone.stages) if isinstance(before.backbone, MultiscaleConfig) else None
-    for stage in range(stages or 1):
-        at = "backbone.conditions." + ("" if stages is None else f"{stage}.")
-        shared = "backbone.embedding.weight" if stage == 0 else f"backbone.pool.{stage - 1}.bias"
-        tables = [tensors.pop(f"{at}tables.{i}.weight") for i in range(len(before.conditions))]
-        for condition, table in zip(before.conditions, tables, strict=True):
-            if condition.name not in (names := [c.name for c in now]):
-                tensors[shared] = tensors[shared] + table[-1]
-                continue
-            i = names.index(condition.name)
-            own = model.state_dict().get(name := f"{at}tables.{i}.weight")
-            if own is None or own.shape[1] != table.shape[1]:  # layers of another form
-                continue
-            rows = [condition.values.index(v) if v in condition.values else None for v in now[i].values]
-            new = [own[j] if row is None else table[row].to(own) for j, row in enumerate(rows)]
-            tensors[name] = torch.stack([*new, table[-1].to(own)])
-    return tensors
-
-
-def _labelled_as(model: Model, before: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint, with a classifier's rows for the model's labels: those of equal name, others its own."""
-    was, now, own = before.head.labels, model.config.head.labels, model.state_dict()
-    if was == now or "score.weight" not in own:
-        return tensors
-    tensors = dict(tensors)
-    for name in {"score.weight", "score.bias"} & set(tensors):
-        if tensors[name].shape[1:] != own[name].shape[1:]:  # layers of another form
-            continue
-        rows = [tensors[name][was.index(label)] if label in was else own[name][i] for i, label in enumerate(now)]
-        tensors[name] = torch.stack([row.to(own[name]) for row in rows])
-    return tensors
 
 
 def _settings(training: TrainingConfig) -> dict[str, Any]:

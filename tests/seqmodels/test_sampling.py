@@ -64,6 +64,7 @@ def test_going_on_from_what_was_kept_is_going_on(model):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_on_a_gpu_no_step_waits_for_the_device(options):
     backbone = multiscale((64, 64, 64), (1, 1, 1), (4, 4), outer=Mamba2Config(d_state=64))
