@@ -104,10 +104,10 @@ def recipe(task: Task, mixer: Mixer, size: Literal["laptop", "gpu"], length: int
             steps=8 * 4 * length, learning_rate=10**-2.5, final_rate=1 / 8, weight_decay=0.1,
             set_size=1 << 18, workers=4,
         )  # fmt: skip
-    stages = tuple({"length": length or 32, "pairs": pairs, "vocabulary": 64} for pairs in (2, 4))
+    stages = tuple({"length": length or 32, "pairs": pairs, "vocabulary": 64} for pairs in (2, 4, 8))
     return Recipe(
-        stages=stages, tests=stages, test_tokens=1 << 14, d_model=32, batch=32, steps=1500, learning_rate=quick,
-        final_rate=1 / 8,
+        stages=stages, tests=stages, test_tokens=1 << 14, d_model=64, batch=64, steps=1500,
+        learning_rate=1e-2 if mamba else 2e-3, final_rate=1 / 8,
     )  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def recall(
     size: Literal["laptop", "gpu"] = "laptop",
     d_model: int | None = None,
     d_state: int | None = None,
-    window: int = 64,
+    window: int | None = None,
     length: int | None = None,
     batch: int | None = None,
     steps: int | None = None,
@@ -228,7 +228,7 @@ def recall(
         size: laptop or gpu, the paper's size.
         d_model: Width.
         d_state: State size of mamba (16) or mamba2 (64).
-        window: Steps that a sliding window sees.
+        window: Steps that a sliding window sees; by default a quarter of the length that is trained.
         length: Length of the training sequences.
         batch: Sequences per step.
         steps: Steps of the optimizer.
@@ -252,7 +252,7 @@ def recall(
     how = recipe(task, mixer, size, length)
     changes = {name: given[name] for name in ("d_model", "batch", "steps", "learning_rate") if name in given}
     how = replace(how, **changes)
-    config = backbone(task, mixer, how.d_model, d_state, window)
+    config = backbone(task, mixer, how.d_model, d_state, window or max(1, how.stages[-1]["length"] // 4))
     for sizes in (*how.stages, *how.tests):
         GENERATORS[task](np.random.default_rng(0), 1, **sizes)  # refuses what does not fit before anything is trained
     began = time.perf_counter()
