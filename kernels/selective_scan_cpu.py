@@ -370,8 +370,11 @@ def _tiny(dtype: torch.dtype) -> float:
 
 def _parts(b: int, e: int, groups: int) -> int:
     """Into how many parts to cut a group's channels: equal work for torch's threads, at least 16 channels a part."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    allowed = torch.get_num_threads()
+    threads = min(allowed, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
+    if torch.get_num_threads() != allowed:  # starting, numba tells OpenMP, which torch uses, too, how many it has
+        torch.set_num_threads(allowed)
     return min(threads // math.gcd(b * groups, threads), -(-e // groups // 16))
 
 

@@ -3,6 +3,9 @@
 import importlib
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -260,6 +263,21 @@ def test_a_state_that_decays_away_becomes_zero_instead_of_slow():
     del arguments["dt_bias"]
     state = selective_scan(**arguments)[1]
     assert (state == 0).all()
+
+
+def test_the_scan_leaves_torch_the_threads_that_it_was_given():
+    lines = (
+        "import torch",
+        "from seqmodels.kernels.selective_scan import selective_scan",
+        "torch.set_num_threads(1)",
+        "x, b = torch.rand(1, 8, 4), torch.rand(1, 8, 1, 2)",
+        "selective_scan(x, x, -torch.rand(4, 2), b, b)",
+        "print(torch.get_num_threads())",
+    )
+    environment = os.environ | {"NUMBA_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["1"]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck itself causes it
