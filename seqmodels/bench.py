@@ -35,20 +35,20 @@ _GUE_NETWORKS = (
 )
 _GUE_EACH = f"{_GUE_NETWORKS} --batch-tokens 8192 --training.learning-rate 1e-3 --seeds 3"
 _GUE_RECIPES = {  # for each task; after a second --, for all of them together before
-    "gue-kmer": "--baseline kmer",
-    "gue-cnn": "--baseline cnn --pool max --dropout 0.2 --training.max-steps 3000 --training.validate-every 150 "
+    "kmer": "--baseline kmer",
+    "cnn": "--baseline cnn --pool max --dropout 0.2 --training.max-steps 3000 --training.validate-every 150 "
     f"{_GUE_EACH}",
-    "gue-hybrid": "--mixer cnn,cnn,mamba2 --n-layer 6 --bidirectional --d-model 128 --d-state 64 --pool max --dropout "
+    "hybrid": "--mixer cnn,cnn,mamba2 --n-layer 6 --bidirectional --d-model 128 --d-state 64 --pool max --dropout "
     f"0.2 --training.max-steps 3000 --training.validate-every 150 {_GUE_EACH}",
-    "gue-mamba2": f"--dropout 0.3 --training.max-steps 2400 --training.validate-every 120 {_GUE_EACH} -- "
+    "mamba2": f"--dropout 0.3 --training.max-steps 2400 --training.validate-every 120 {_GUE_EACH} -- "
     "--mixer mamba2 --bidirectional --d-model 128 --n-layer 4 --d-state 64 --pool mean --dropout 0.2 --epochs 12 "
     f"--batch-tokens 65536 --training.learning-rate 2e-3 {_GUE_NETWORKS}",
 }
 _TASKS = {"gue": "$LONGSEQ_DATA/dna/gue", "yeast": "runs/yeast-tasks"}  # those of yeast had no part in any choice
 _GUE = [
-    f"{folder} runs/{name} --name {name} -- {recipe}"
+    f"{folder} runs/{tasks}-{kind} --name {tasks}-{kind} -- {recipe}"
     for tasks, folder in _TASKS.items()
-    for name, recipe in ((name.replace("gue", tasks), recipe) for name, recipe in _GUE_RECIPES.items())
+    for kind, recipe in _GUE_RECIPES.items()
 ]
 _GPU_ONLY = Sizes(laptop=None)
 _FSDD, _VARIANTS = "$LONGSEQ_DATA/audio/fsdd", "$LONGSEQ_DATA/variants/human_chr20_1mb"
