@@ -173,6 +173,8 @@ class ClipData:
     "Signal-to-noise ratio in dB down to which half of the clips are noisy; None means that none is."
     mask: int = 0
     "Samples at most, at random, of a stretch that half of the clips lose to silence."
+    input_noise: float = 0.0
+    "Levels of mu-law: highest standard deviation of noise on the samples of a piece as the model reads them."
     _plans: dict = field(default_factory=dict, repr=False)
     _starts: list = field(default_factory=lambda: [0], repr=False)
 
@@ -185,6 +187,8 @@ class ClipData:
             self.train, plan.offsets[members], plan.lengths[members], width,
             gains=plan.gains[members], silences=plan.silences[members], change=self._change(step),
         )  # fmt: skip
+        if self.input_noise:
+            batch["ids"] = self._inexact(batch["ids"], step)
         clips, n = plan.clips[members], len(self.not_given)
         rng = np.random.default_rng((self.seed, 1, step))  # for each label, the text, and all of them at once
         withheld = rng.random((n + 2, len(clips), 1)) < self.label_dropout
@@ -194,6 +198,13 @@ class ClipData:
             batch["conditions"] = torch.from_numpy(labels)
         texts = np.where(withheld[n], self.train.mu_law.nul, self.train.texts[clips])
         return after_text(batch, texts)
+
+    def _inexact(self, ids: torch.Tensor, step: int) -> torch.Tensor:
+        """Samples (b, l) as inexact as what a model draws, each row in its own measure."""
+        rng = np.random.default_rng((self.seed, 3, step))
+        noise = rng.normal(0, self.input_noise * rng.random((len(ids), 1)), ids.shape).round()
+        highest = self.train.mu_law.levels - 1
+        return torch.where(ids > highest, ids, (ids + torch.from_numpy(noise).long()).clamp(0, highest))
 
     def _change(self, step: int) -> Callable[[np.ndarray], np.ndarray] | None:
         """What is done to the samples of each row of this step's batch, if anything."""

@@ -56,6 +56,10 @@ class DataConfig:
     mask: float = 0.0
     """Seconds at most of a stretch that half of the clips lose to silence, so that a classifier listens to all of a
     clip (SpecAugment's mask of time, on samples); 0 means none."""
+    input_noise: float = 0.0
+    """Levels of mu-law: how inexact the samples of a piece are as the model reads them, not as it is to tell them
+    (highest standard deviation of a random measure). It then bears its own inexact samples, whose errors would grow in
+    a long run (noise injection, Jin et al., 2018)."""
     label_dropout: float = 0.1
     """Probability with which each label is withheld, or the text, and again that of withholding all at once, so that
     the model can also do without (as --guidance needs)."""
@@ -75,6 +79,8 @@ class DataConfig:
         for name, value in (("quieter", self.quieter), ("silence", self.silence), ("mask", self.mask)):
             if not 0 <= value <= 60:
                 raise InputError(f"{name} is {value}; expected 0 to 60")
+        if not 0 <= self.input_noise <= 60:
+            raise InputError(f"input_noise is {self.input_noise}; expected 0 to 60 levels of mu-law, such as 3")
 
 
 CLIPS = DataConfig()
@@ -218,6 +224,7 @@ def load_data(
         silence=round(config.silence * config.sample_rate),
         noise=config.noise,
         mask=round(config.mask * config.sample_rate),
+        input_noise=config.input_noise,
     )
     return data, conditions, mu_law
 

@@ -465,6 +465,7 @@ def test_what_contradicts_the_model_to_start_from_is_refused_before_anything_is_
         ({"speeds": 3}, "speeds is 3"),
         ({"noise": 99.0}, "noise is 99"),
         ({"mask": -1}, "mask is"),
+        ({"input_noise": -1}, "input_noise is"),
     ):
         with pytest.raises(InputError, match=reason):
             DataConfig(**options)

@@ -371,6 +371,26 @@ def test_half_of_the_clips_lose_a_stretch_no_longer_than_the_mask_to_silence():
     np.testing.assert_array_equal(masked.train.samples, kept)  # the clips themselves lose nothing
 
 
+def test_input_noise_is_on_what_is_read_and_never_on_what_is_to_be_told():
+    options = {"speeds": (), "label_dropout": 0.0}
+    clean, noisy, measures = clip_data(**options), clip_data(**options, input_noise=4.0), []
+    for step in range(60):
+        before, after = clean.train_batch(step), noisy.train_batch(step)
+        assert torch.equal(before["targets"], after["targets"])
+        assert torch.equal(after["ids"], clip_data(**options, input_noise=4.0).train_batch(step)["ids"])
+        sound = before["ids"] < MU_LAW.levels
+        assert torch.equal(before["ids"][~sound], after["ids"][~sound])
+        assert after["ids"][sound].max() < MU_LAW.levels
+        inner = sound & (before["ids"] > 20) & (before["ids"] < MU_LAW.levels - 20)
+        for a, b, where in zip(before["ids"], after["ids"], inner, strict=True):
+            measures.append(float((b - a)[where].double().std()))
+    measures = np.array(measures)
+    assert measures.max() < 4.3
+    assert np.quantile(measures, [0.25, 0.5, 0.75]) == pytest.approx([1, 2, 3], abs=0.4)  # even from 0 to 4
+    for a, b in zip(clean.validation_batches(), noisy.validation_batches(), strict=True):
+        assert torch.equal(a["ids"], b["ids"])
+
+
 @pytest.mark.data
 def test_the_spoken_digits_are_what_their_readme_says():
     recordings = open_recordings(Path(os.environ["LONGSEQ_DATA"]) / "audio" / "fsdd")
