@@ -58,9 +58,10 @@ class Recipe:
     "Last learning rate, as a part of it; 1 means a constant rate."
     weight_decay: float = 0.0
     "Decoupled weight decay."
+    stage_steps: int = 1
+    "Steps of a stage, after which the next one follows, after the last the first."
     set_size: int | None = None
-    """Sequences of a stage, after which the next one follows; all come again after the last. None: stages take turns,
-    all sequences are new."""
+    "Sequences of a stage that there are; then they come again. None: all are new."
     workers: int = 0
     "Processes that draw sequences."
 
@@ -102,7 +103,7 @@ def recipe(task: Task, mixer: Mixer, size: Literal["laptop", "gpu"], length: int
         return Recipe(
             stages=stages, tests=stages, test_tokens=1 << 18, d_model=64, batch=max(1, (1 << 18) // length),
             steps=8 * 4 * length, learning_rate=10**-2.5, final_rate=1 / 8, weight_decay=0.1,
-            set_size=1 << 18, workers=4,
+            stage_steps=length, set_size=1 << 18, workers=4,
         )  # fmt: skip
     stages = tuple({"length": length or 32, "pairs": pairs, "vocabulary": 64} for pairs in (2, 4, 8))
     return Recipe(
@@ -136,12 +137,9 @@ class RecallData:
     def train_batch(self, step: int) -> dict[str, torch.Tensor]:
         """Batch number `step`."""
         stages, set_size = self.recipe.stages, self.recipe.set_size
-        if set_size is None:
-            stage = step % len(stages)
-        else:
-            every = -(-set_size // self.recipe.batch)
-            step %= every * len(stages)
-            stage = step // every
+        stage = step // self.recipe.stage_steps % len(stages)
+        if set_size is not None:
+            step %= -(-set_size // self.recipe.batch) * len(stages)
         return self._batch(stages[stage], TRAIN, self.seed, step)
 
     def validation_batches(self) -> list[dict[str, torch.Tensor]]:

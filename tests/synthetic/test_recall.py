@@ -49,11 +49,21 @@ def test_stages_follow_each_other_and_come_again_with_the_same_batches():
     assert [stage["pairs"] for stage in how.stages] == [2, 4, 8, 16]
     assert how.batch * how.stages[0]["length"] == 2**18  # tokens of a step
     assert how.steps * how.batch == 8 * 4 * how.set_size == 8 * 4 * 2**18  # eight epochs of four sets
-    small = data("mqar", stages=how.stages, batch=4, set_size=8)
+    assert how.stage_steps * how.batch == how.set_size
+    small = data("mqar", stages=how.stages, batch=4, stage_steps=2, set_size=8)
     asked = [int((small.train_batch(step)["targets"] != IGNORED).sum()) // 4 for step in range(9)]
     assert asked == [2, 2, 4, 4, 8, 8, 16, 16, 2]
     assert torch.equal(small.train_batch(1)["ids"], small.train_batch(9)["ids"])
     assert not torch.equal(small.train_batch(0)["ids"], small.train_batch(1)["ids"])
+
+
+def test_smaller_batches_go_through_the_stages_as_quickly_with_new_sequences():
+    how = recipe("mqar", "mamba", "gpu", 64)
+    quarter = data("mqar", stages=how.stages, batch=1, stage_steps=2, set_size=8)
+    asked = [int((quarter.train_batch(step)["targets"] != IGNORED).sum()) for step in range(9)]
+    assert asked == [2, 2, 4, 4, 8, 8, 16, 16, 2]
+    assert len(set().union(*(rows(quarter.train_batch(step)) for step in range(32)))) == 32  # 8 of each stage
+    assert torch.equal(quarter.train_batch(1)["ids"], quarter.train_batch(33)["ids"])
 
 
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention", "window", "lstm"])
