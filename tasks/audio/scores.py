@@ -91,7 +91,7 @@ def render(
         instruments: Those to draw from, as piano,organ,...
         tempo: Range of the tempo in beats per minute.
         steps_per_beat: Steps of the table that make a beat.
-        copies: How often everything is played, each time drawn anew.
+        copies: How often what is to train on is played, each time drawn anew; the other splits are played once.
         seed: Seed of instruments, tempi and phases.
         workers: Processes that play.
         quiet: No progress on a terminal.
@@ -120,7 +120,12 @@ def render(
     check_writable(folder / "x.flac", sample_rate)
     length, lines = round(seconds * sample_rate), ["file,split,instrument,tempo,seconds"]
     jobs = []
-    for (number, (split, roll)), copy in itertools.product(enumerate(music.items()), range(copies)):
+    plays = [
+        (number, split, roll, copy)
+        for number, (split, roll) in enumerate(music.items())
+        for copy in range(copies if split == "train" else 1)
+    ]
+    for number, split, roll, copy in plays:
         first = 0
         for i in itertools.count():
             rng = np.random.default_rng((seed, number, copy, i))

@@ -97,6 +97,7 @@ def test_rendering_makes_recordings_of_equal_length_with_the_split_of_the_score(
         assert main([*command, str(tmp_path / name), *more]) == 0
     first, second = (open_recordings(tmp_path / name) for name in ("a", "b"))
     assert {row["split"] for row in first.rows.iter_rows(named=True)} == {"train", "validation", "test"}
+    assert {row["split"] for row in first.rows.iter_rows(named=True) if "_1_" in row["file"]} == {"train"}
     assert set(first.rows["instrument"]) <= set(INSTRUMENTS)
     waves = first.read(8000)
     assert {len(wave) for wave in waves} == {16000}
