@@ -56,6 +56,8 @@ class Recipe:
     "Highest learning rate."
     final_rate: float = 1.0
     "Last learning rate, as a part of it; 1 means a constant rate."
+    warmup: float = 0.0
+    "Part of the steps in which the rate rises."
     weight_decay: float = 0.0
     "Decoupled weight decay."
     stage_steps: int = 1
@@ -70,7 +72,8 @@ def recipe(task: Task, mixer: Mixer, size: Literal["laptop", "gpu"], length: int
     """The papers' recipe (gpu), or a smaller task for a CPU; `length` is that of training.
 
     Where the papers say nothing, as on Adam's constants and for windows and LSTM, it is what the neighbours have. The
-    learning rate of MQAR falls to 1/8 as a cosine, where the paper's falls by an eighth after each of eight epochs.
+    learning rate of MQAR rises in a tenth of the steps and falls to 1/8 as a cosine, where the paper's falls by an
+    eighth after each of eight epochs.
     """
     mamba = mixer in ("mamba", "mamba2")
     quick = 5e-3 if mamba else 2e-3
@@ -102,7 +105,7 @@ def recipe(task: Task, mixer: Mixer, size: Literal["laptop", "gpu"], length: int
         stages = tuple({"length": length, "pairs": length // part} for part in (32, 16, 8, 4))
         return Recipe(
             stages=stages, tests=stages, test_tokens=1 << 18, d_model=64, batch=max(1, (1 << 18) // length),
-            steps=8 * 4 * length, learning_rate=10**-2.5, final_rate=1 / 8, weight_decay=0.1,
+            steps=8 * 4 * length, learning_rate=1e-2, final_rate=1 / 8, warmup=0.1, weight_decay=0.1,
             stage_steps=length, set_size=1 << 18, workers=4,
         )  # fmt: skip
     stages = tuple({"length": length or 32, "pairs": pairs, "vocabulary": 64} for pairs in (2, 4, 8))
@@ -186,7 +189,7 @@ def train(task: Task, config: BackboneConfig, how: Recipe, run: Path, *, seed: i
     vocabulary = how.stages[0].get("vocabulary", 8192 if task == "mqar" else 16)
     model = ModelConfig(vocab_size=vocabulary, backbone=config, head=HeadConfig(task="next_token"))
     training = TrainingConfig(
-        max_steps=how.steps, learning_rate=how.learning_rate, final_rate=how.final_rate, warmup=0.0,
+        max_steps=how.steps, learning_rate=how.learning_rate, final_rate=how.final_rate, warmup=how.warmup,
         weight_decay=how.weight_decay, betas=(0.9, 0.999), validate_every=max(50, how.steps // 10), seed=seed,
         device=device, keep="last", num_workers=how.workers, resume=True,
     )  # fmt: skip
