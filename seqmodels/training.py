@@ -216,9 +216,9 @@ def fit(
             plugins=[_AtomicIO()],
             logger=[CSVLogger(run, "logs"), TensorBoardLogger(run, "logs")],
         )
-        if trainer.accelerator.auto_device_count() and trainer.strategy.root_device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        trainer.fit(task, ckpt_path=last, weights_only=True if last else None)
+        on_gpu = trainer.accelerator.auto_device_count() and trainer.strategy.root_device.type == "cuda"
+        with _tf32() if on_gpu else nullcontext():
+            trainer.fit(task, ckpt_path=last, weights_only=True if last else None)
     if not trainer.is_global_zero:
         return run / "model"
     model, prefix = build(config), "model."
@@ -655,6 +655,17 @@ class _ReportLines(Callback):
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
         shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
         print(f"step {trainer.global_step}/{self.max_steps}  {shown}  {rate:.2f} steps/s", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Float32 products of a GPU by its tensor cores, 10 bits of mantissa each, here and nowhere after."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

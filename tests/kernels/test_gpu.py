@@ -386,6 +386,7 @@ def test_a_summed_output_has_the_gradient_of_ones(name):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch.compile's own imports, torch 2.11
 @pytest.mark.parametrize("name", OPS)
 def test_it_compiles_as_one_graph(name):
     arguments, options = MAKE[name](**SMALL[name])

@@ -20,7 +20,7 @@ from seqmodels import presets
 from seqmodels.config import HeadConfig, KmerConfig, Mamba2Config, ModelConfig
 from seqmodels.errors import InputError
 from seqmodels.heads import LanguageModel
-from seqmodels.training import TrainingConfig, _MovingAverage, fit, parameter_groups, schedule
+from seqmodels.training import TrainingConfig, _MovingAverage, _tf32, fit, parameter_groups, schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,6 +189,23 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_last_good_checkpoi
     assert "\n" not in str(error.value)
     fit(CONFIG, Cycles(), dataclasses.replace(TRAINING, resume=True), tmp_path / "run")
     torch.testing.assert_close(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_products_are_rounded_to_tf32_in_training_alone_also_where_it_fails():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(InputError), _tf32():
+        assert torch.get_float32_matmul_precision() == "high"
+        raise InputError("full disk")
+    assert torch.get_float32_matmul_precision() == before == "highest"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_after_training_on_a_gpu_float32_means_float32_again(tmp_path):
+    fit(CONFIG, Cycles(), dataclasses.replace(TRAINING, device="cuda"), tmp_path)
+    x, y = torch.randn(2, 512, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    product = (x.float().cuda() @ y.float().cuda()).cpu()
+    assert (product - x @ y).norm() < 1e-6 * (x @ y).norm()  # tf32 errs by 3e-4
 
 
 class Ragged(Cycles):
