@@ -4,17 +4,18 @@
     python benchmarks/minute.py music RUN [--temperatures 1 0.9] [--input-noise 3]
 
 The model, told the instrument, is trained unless RUN/model is there. Then 960,000 samples follow one another, a row of
-the batch for each instrument, the end barred, once for each temperature; RUN/made keeps them. Of every second and row:
-level in dBFS; the mean of -log2 p of the samples drawn, whose expectation at temperature 1 is the entropy of what the
-model predicts; and the part of the energy from 100 to 1,000 Hz that lies within a quarter of a semitone of a note of
-the tempered scale, to which the scores are tuned, where noise has half. Quantiles of the same of the test recordings
-stand beside them, and the memory in use at each second. Rows go to results/GPU/minute.json.
+the batch for each instrument, the end barred, once for each temperature; RUN/made keeps them, with a picture. Of every
+second and row: level in dBFS; the mean of -log2 p of the samples drawn, whose expectation at temperature 1 is the
+entropy of what the model predicts; and the part of the energy from 100 to 1,000 Hz that lies within a quarter of a
+semitone of a note of the tempered scale, to which the scores are tuned, where noise has half. Quantiles of the same of
+the test recordings stand beside them, and the memory in use at each second. Rows go to results/GPU/minute.json.
 """
 
 import argparse
 import math
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import numpy as np
 import record
 import torch
 from generate import draw, sampler_of
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from scipy.signal import spectrogram
 
 import seqmodels
 from seqmodels.checkpoint import choose_device
@@ -85,6 +88,19 @@ def of_recordings(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     return {"test bits per sample": round(float(every[1].mean()), 4), "test recordings": spread}
 
 
+def draw_all(path: Path, told: Sequence[dict[str, str]], waves: NDArray[np.floating], rate: int) -> None:
+    """Spectrograms of all rows (rows, seconds, rate), as far up as voices go."""
+    figure = Figure(figsize=(12, 1.5 * len(told)), layout="constrained")
+    places = figure.subplots(len(told), sharex=True, squeeze=False)[:, 0]
+    for axes, labels, wave in zip(places, told, waves, strict=True):
+        frequency, seconds, power = spectrogram(wave.ravel(), rate, "hann", 2048, 1024)
+        levels, extent = 10 * np.log10(power + 1e-11), (0, seconds[-1], 0, frequency[-1])
+        axes.imshow(levels, origin="lower", aspect="auto", extent=extent, vmin=-110, vmax=-20, cmap="magma")
+        axes.set(ylim=(0, min(1500, rate / 2)), ylabel="\n".join([*labels.values(), "Hz"]))
+    places[-1].set(xlabel="seconds")
+    figure.savefig(path, format="png", dpi=100)
+
+
 def one_run(model: Any, temperature: float, options: argparse.Namespace) -> dict[str, Any]:
     """One run of all rows, second by second."""
     mu_law = mu_law_of(model.config.tokenizer)
@@ -106,6 +122,7 @@ def one_run(model: Any, temperature: float, options: argparse.Namespace) -> dict
     for labels, wave in zip(told, waves, strict=True):
         name = "-".join([*labels.values(), f"{temperature:g}", f"{options.top_p:g}"])
         write_audio(options.run / "made" / f"{name}.flac", wave.ravel(), mu_law.sample_rate)
+    draw_all(options.run / "made" / f"{temperature:g}-{options.top_p:g}.png", told, waves, mu_law.sample_rate)
     each = np.stack([level(waves), np.stack(bits, 1), in_tune(waves, mu_law.sample_rate)], -1)
     made = {"-".join(labels.values()): row.round(4).tolist() for labels, row in zip(told, each, strict=True)}
     return {
@@ -124,9 +141,9 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=(1.0,))
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--samples", type=int, default=960_000, help="of each row")
-    parser.add_argument("--steps", type=int, default=18_000, help="of training")
+    parser.add_argument("--steps", type=int, default=12_500, help="of training")
     parser.add_argument("--step", type=int, default=131_072, help="samples per step")
-    parser.add_argument("--longest", type=int, default=122_880, help="samples of a piece of a recording")
+    parser.add_argument("--longest", type=int, default=61_440, help="samples of a piece of a recording")
     parser.add_argument("--input-noise", type=float, default=3.0, help="levels of mu-law")
     parser.add_argument("--rate", type=int, default=16000)
     parser.add_argument("--widths", type=int, nargs="+", default=(128, 192, 256))

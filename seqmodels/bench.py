@@ -90,7 +90,7 @@ SIZES = {
     "minute": Sizes(
         "runs/music-laptop runs/minute-laptop --rate 8000 --steps 4 --step 8192 --longest 4096 --samples 16000 "
         "--widths 32 32 --depths 1 1 --pools 16 --precision 32 --workers 0 --device cpu",
-        "runs/music runs/chorales",
+        "runs/music-twice runs/chorales --temperatures 1 0.9 0.8",
     ),
     "music_context": Sizes(
         "runs/music-laptop runs/context-laptop --rate 8000 --lengths 4096 16384 --samples 65536 --step 16384 "
@@ -127,6 +127,7 @@ MADE_BY = {  # what programs read, and the program, or the command of longseq, t
     "runs/yeast-tasks": "yeast_tasks.py $LONGSEQ_DATA/genomes/yeast_s288c runs/yeast-tasks",
     "runs/judges": f"audio judge {_FSDD} runs/judges --validation index=5-9",
     "runs/music": f"{_CHORALES} runs/music --workers 16",
+    "runs/music-twice": f"{_CHORALES} runs/music-twice --workers 16 --copies 2",
     "runs/music-laptop": f"{_CHORALES} runs/music-laptop --seconds 2 --sample-rate 8000 --tempo [2400,2400]",
     "runs/bases/model": f"{_BASES} runs/bases --objective masked-token --strands equivariant --batch-tokens 131072 "
     "--training.max-steps 1000 --training.validate-every 250 --training.learning-rate 2e-3 --training.precision bf16",

@@ -76,7 +76,6 @@ def recipe(task: Task, mixer: Mixer, size: Literal["laptop", "gpu"], length: int
     eighth after each of eight epochs.
     """
     mamba = mixer in ("mamba", "mamba2")
-    quick = 5e-3 if mamba else 2e-3
     if task == "copying" and size == "gpu":  # Mamba paper, E.1
         only = {"length": length or 4096}
         return Recipe(
@@ -86,8 +85,9 @@ def recipe(task: Task, mixer: Mixer, size: Literal["laptop", "gpu"], length: int
     if task == "copying":
         only = {"length": length or 64, "memorise": 4, "vocabulary": 8}
         return Recipe(
-            stages=(only,), tests=(only,), test_tokens=1 << 14, d_model=32, batch=32, steps=1500, learning_rate=quick
-        )
+            stages=(only,), tests=(only,), test_tokens=1 << 14, d_model=32, batch=32, steps=1500,
+            learning_rate=5e-3 if mixer == "mamba2" else 2e-3,
+        )  # fmt: skip
     if task == "induction" and size == "gpu":  # Mamba paper, 4.1.2 and E.1: 25 "epochs" of 8,192 steps
         longest = 14 if mixer == "attention" else 20
         return Recipe(
@@ -98,7 +98,8 @@ def recipe(task: Task, mixer: Mixer, size: Literal["laptop", "gpu"], length: int
     if task == "induction":
         return Recipe(
             stages=({"length": length or 64},), tests=tuple({"length": 1 << k} for k in range(6, 13)),
-            test_tokens=1 << 14, d_model=32, batch=16, steps=1200, learning_rate=quick,
+            test_tokens=1 << 14, d_model=32, batch=16, steps=1200,
+            learning_rate=5e-3 if mamba else 2e-3,
         )  # fmt: skip
     if size == "gpu":  # Mamba-2 paper, D.1: 8 epochs of 4 sets of 2^18 sequences, 2^18 tokens at a time
         length = length or 256

@@ -69,6 +69,7 @@ def test_a_row_of_each_instrument_is_measured_second_by_second_and_kept(program,
             assert (rate, len(wave), len(seconds)) == (RATE, 2 * RATE, 2)
             np.testing.assert_allclose(np.array(seconds)[:, 0], program.level(wave.reshape(2, -1)), atol=0.01)
     assert all(7 < second[1] < 9 for seconds in warm.values() for second in seconds)  # it has hardly learned
+    assert {path.name for path in (tmp_path / "run" / "made").glob("*.png")} == {"1-1.png", "0.5-1.png"}
     real = rows[0]["test recordings"]["organ"]
     wave, _ = read_audio(music / "organ-test.flac")
     assert real["in_tune"][1] == pytest.approx(program.in_tune(wave[: 2 * RATE].reshape(2, -1), RATE).mean(), abs=0.01)
