@@ -51,21 +51,21 @@ def run(block: re.Match) -> str:
 def speed() -> str:
     """What is recorded of generation, as a table."""
     lines = ["| machine | made at a time | guidance | samples per second (8,000: real time) |", "|---|---|---|---|"]
-    long = []
     for path in sorted(RESULTS.glob("*/generate.json")):
         for row in json.loads(path.read_text()):
             where = f"{row['threads']} CPU thread{'s' * (row['threads'] > 1)}" if row["gpu"] == "cpu" else row["gpu"]
             machine = f"{where}, {row['dtype']}"
-            if row["pass"] == "decode":
-                shape = row["shape"]
-                lines.append(f"| {machine} | {shape['b']} | {shape['guidance']:g} | {row['samples_per_s']:,} |")
-            else:
-                memory = [second[row["columns"].index("mib")] for second in row["each_second"]]
-                long.append(
-                    f"{row['l']:,} samples in one run ({machine}): {memory[0]:,.0f} MiB of memory after the first "
-                    f"second of sound, {memory[-1]:,.0f} MiB after {len(memory)}."
-                )
-    return "\n".join(["", *lines, "", *long, ""])
+            shape = row["shape"]
+            lines.append(f"| {machine} | {shape['b']} | {shape['guidance']:g} | {row['samples_per_s']:,} |")
+    for path in sorted(RESULTS.glob("*/minute.json")):
+        row = json.loads(path.read_text())[0]
+        lines += [
+            "",
+            f"{row['l']:,} samples of each of {row['shape']['b']} instruments in one run ({row['gpu']}), in all",
+            f"{row['samples_per_s']:,} samples a second: {row['mib'][0]:,.0f} MiB of memory after the first second of",
+            f"sound, {row['mib'][-1]:,.0f} MiB after {len(row['mib'])}.",
+        ]
+    return "\n".join(["", *lines, ""])
 
 
 if __name__ == "__main__":
