@@ -210,7 +210,7 @@ def test_the_commands_on_recordings_run_on_a_part_of_them(tmp_path, monkeypatch)
     for name in ("seven.flac", "long.wav"):
         Path(name).write_bytes(Path("fsdd", rows[0]["file"]).read_bytes())
     lines = [line for line in commands(AUDIO) if needs_recordings(line)]
-    assert len(lines) == 12
+    assert len(lines) == 13
     run(lines)
 
 
