@@ -76,11 +76,9 @@ class DataConfig:
             raise InputError(f"speeds is {self.speeds}; expected an even number: as many slower as faster ones")
         if self.noise is not None and not -60 <= self.noise <= 60:
             raise InputError(f"noise is {self.noise}; expected -60 to 60 decibels of signal to noise, such as 5")
-        for name, value in (("quieter", self.quieter), ("silence", self.silence), ("mask", self.mask)):
-            if not 0 <= value <= 60:
+        for name in ("quieter", "silence", "mask", "input_noise"):
+            if not 0 <= (value := getattr(self, name)) <= 60:
                 raise InputError(f"{name} is {value}; expected 0 to 60")
-        if not 0 <= self.input_noise <= 60:
-            raise InputError(f"input_noise is {self.input_noise}; expected 0 to 60 levels of mu-law, such as 3")
 
 
 CLIPS = DataConfig()
