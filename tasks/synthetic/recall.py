@@ -85,8 +85,8 @@ def recipe(task: Task, mixer: Mixer, size: Literal["laptop", "gpu"], length: int
     if task == "copying":
         only = {"length": length or 64, "memorise": 4, "vocabulary": 8}
         return Recipe(
-            stages=(only,), tests=(only,), test_tokens=1 << 14, d_model=32, batch=32, steps=1500,
-            learning_rate=5e-3 if mixer == "mamba2" else 2e-3,
+            stages=(only,), tests=(only,), test_tokens=1 << 14, d_model=32, batch=32, steps=3000,
+            learning_rate=2e-3, final_rate=1 / 8, warmup=0.1,
         )  # fmt: skip
     if task == "induction" and size == "gpu":  # Mamba paper, 4.1.2 and E.1: 25 "epochs" of 8,192 steps
         longest = 14 if mixer == "attention" else 20
