@@ -72,8 +72,7 @@ def of_recordings(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     for row in rows.iter_rows(named=True):
         (wave,) = recordings.select(np.array([row["index"]])).read(rate)
         wave, _ = peak_normalise(wave)
-        told = {LABEL: row[LABEL]} if model.config.conditions else {}
-        heard = score_recording(model, options.music / row["file"], told, window=1.0, chunk=CHUNK)
+        heard = score_recording(model, options.music / row["file"], {LABEL: row[LABEL]}, window=1.0, chunk=CHUNK)
         wave = wave[: len(wave) // rate * rate].reshape(-1, rate)
         bits = [one["bits_per_sample"] for one in heard[: len(wave)]]
         seconds.setdefault(row[LABEL], []).append(np.stack([level(wave), bits, in_tune(wave, rate)]))
@@ -88,15 +87,15 @@ def of_recordings(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     return {"test bits per sample": round(float(every[1].mean()), 4), "test recordings": spread}
 
 
-def draw_all(path: Path, told: Sequence[dict[str, str]], waves: NDArray[np.floating], rate: int) -> None:
+def draw_all(path: Path, names: Sequence[str], waves: NDArray[np.floating], rate: int) -> None:
     """Spectrograms of all rows (rows, seconds, rate), as far up as voices go."""
-    figure = Figure(figsize=(12, 1.5 * len(told)), layout="constrained")
-    places = figure.subplots(len(told), sharex=True, squeeze=False)[:, 0]
-    for axes, labels, wave in zip(places, told, waves, strict=True):
+    figure = Figure(figsize=(12, 1.5 * len(names)), layout="constrained")
+    places = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
+    for axes, name, wave in zip(places, names, waves, strict=True):
         frequency, seconds, power = spectrogram(wave.ravel(), rate, "hann", 2048, 1024)
         levels, extent = 10 * np.log10(power + 1e-11), (0, seconds[-1], 0, frequency[-1])
         axes.imshow(levels, origin="lower", aspect="auto", extent=extent, vmin=-110, vmax=-20, cmap="magma")
-        axes.set(ylim=(0, min(1500, rate / 2)), ylabel="\n".join([*labels.values(), "Hz"]))
+        axes.set(ylim=(0, min(1500, rate / 2)), ylabel=f"{name}\nHz")
     places[-1].set(xlabel="seconds")
     figure.savefig(path, format="png", dpi=100)
 
@@ -104,11 +103,13 @@ def draw_all(path: Path, told: Sequence[dict[str, str]], waves: NDArray[np.float
 def one_run(model: Any, temperature: float, options: argparse.Namespace) -> dict[str, Any]:
     """One run of all rows, second by second."""
     mu_law = mu_law_of(model.config.tokenizer)
-    told = [{c.name: value} for c in model.config.conditions for value in c.values] or [{}]
+    (instrument,) = model.config.conditions
+    names, made = instrument.values, options.run / "made"
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     sampling = Sampling(temperature=temperature, top_p=options.top_p, guidance=1.0)
-    sampler, tokens, bits, mib = sampler_of(model, told, sampling, options.seed), [], [], []
+    sampler = sampler_of(model, [{LABEL: name} for name in names], sampling, options.seed)
+    tokens, bits, mib = [], [], []
     begun = time.perf_counter()
     for second in range(math.ceil(options.samples / mu_law.sample_rate)):
         drawn, nats = draw(sampler, mu_law.sample_rate)
@@ -118,19 +119,19 @@ def one_run(model: Any, temperature: float, options: argparse.Namespace) -> dict
         print(f"{second + 1:4} s  {level(mu_law.decode(drawn)).round(1)} dBFS  {bits[-1].round(2)} bits", flush=True)
     took = time.perf_counter() - begun
     waves = mu_law.decode(np.stack(tokens, 1))  # (rows, seconds, rate)
-    (options.run / "made").mkdir(exist_ok=True)
-    for labels, wave in zip(told, waves, strict=True):
-        name = "-".join([*labels.values(), f"{temperature:g}", f"{options.top_p:g}"])
-        write_audio(options.run / "made" / f"{name}.flac", wave.ravel(), mu_law.sample_rate)
-    draw_all(options.run / "made" / f"{temperature:g}-{options.top_p:g}.png", told, waves, mu_law.sample_rate)
-    each = np.stack([level(waves), np.stack(bits, 1), in_tune(waves, mu_law.sample_rate)], -1)
-    made = {"-".join(labels.values()): row.round(4).tolist() for labels, row in zip(told, each, strict=True)}
+    made.mkdir(exist_ok=True)
+    how = f"{temperature:g}-{options.top_p:g}"
+    for name, wave in zip(names, waves, strict=True):
+        write_audio(made / f"{name}-{how}.flac", wave.ravel(), mu_law.sample_rate)
+    draw_all(made / f"{how}.png", names, waves, mu_law.sample_rate)
+    each = np.stack([level(waves), np.stack(bits, 1), in_tune(waves, mu_law.sample_rate)], -1).round(4).tolist()
     return {
         "op": "minute", "l": waves[0].size, "dtype": "float32", "pass": "long run",
         "shape": {
-            "model": str(options.run / "model"), "b": len(told), "temperature": temperature, "top_p": options.top_p
+            "model": str(options.run / "model"), "b": len(names), "temperature": temperature, "top_p": options.top_p
         },
-        "samples_per_s": round(waves.size / took), "columns": COLUMNS, "each_second": made, "mib": mib,
+        "samples_per_s": round(waves.size / took), "columns": COLUMNS, "mib": mib,
+        "each_second": dict(zip(names, each, strict=True)),
     }  # fmt: skip
 
 
