@@ -135,7 +135,7 @@ MADE_BY = {  # what programs read, and the program, or the command of longseq, t
     "--training.max-steps 40 --training.learning-rate 5e-3 --training.device cpu",
 }
 _RECALL = {  # tables of the synthetic tasks: what, mixers, and what is varied on a GPU
-    "copying": ("Selective copying (Mamba paper, Table 1)", ("mamba", "mamba2", "attention", "lstm"), [""]),
+    "copying": ("Selective copying (Mamba paper, Table 1)", ("mamba", "mamba2", "s4d", "attention", "lstm"), [""]),
     "induction": (
         "Induction heads, tested up to 2^20 (Mamba paper, Table 2)",
         ("mamba", "mamba2", "attention", "window", "lstm"),

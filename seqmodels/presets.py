@@ -13,6 +13,7 @@ from seqmodels.config import (
     MixerConfig,
     MultiscaleConfig,
     RNNConfig,
+    S4DConfig,
     StageConfig,
     StrandsConfig,
 )
@@ -30,6 +31,11 @@ def mamba2(
 ) -> BackboneConfig:
     """A flat Mamba-2 backbone; further arguments are Mamba2Config's fields."""
     return _flat(Mamba2Config(**mixer), d_model, n_layer, bidirectional, tie_projections)
+
+
+def s4d(d_model: int, n_layer: int, **mixer: Any) -> BackboneConfig:
+    """A flat S4D backbone; further arguments are S4DConfig's fields."""
+    return _flat(S4DConfig(**mixer), d_model, n_layer)
 
 
 def attention(d_model: int, n_layer: int, *, num_heads: int, window: int | None = None) -> BackboneConfig:
@@ -90,10 +96,10 @@ def multiscale(
 
 
 def _flat(
-    mixer: MambaConfig | Mamba2Config | RNNConfig,
+    mixer: MambaConfig | Mamba2Config | S4DConfig | RNNConfig,
     d: int,
     n_layer: int,
-    bidirectional: bool,
+    bidirectional: bool = False,
     tie_projections: bool = False,
 ) -> BackboneConfig:
     layer = BidirectionalConfig(mixer=mixer, tie_projections=tie_projections) if bidirectional else mixer

@@ -19,7 +19,7 @@ from seqmodels.heads import IGNORED, LanguageModel
 from seqmodels.tasks.synthetic.generators import Tokens, associative_recall, induction_heads, selective_copying
 
 Task = Literal["copying", "induction", "mqar"]
-Mixer = Literal["mamba", "mamba2", "attention", "window", "lstm"]
+Mixer = Literal["mamba", "mamba2", "s4d", "attention", "window", "lstm"]
 Device = Literal["auto", "cpu", "cuda"]
 Sizes = dict[str, int]
 GENERATORS: dict[str, Callable[..., tuple[Tokens, Tokens]]] = {
@@ -73,14 +73,14 @@ def recipe(task: Task, mixer: Mixer, size: Literal["laptop", "gpu"], length: int
 
     Where the papers say nothing, as on Adam's constants and for windows and LSTM, it is what the neighbours have. The
     learning rate of MQAR rises in a tenth of the steps and falls to 1/8 as a cosine, where the paper's falls by an
-    eighth after each of eight epochs.
+    eighth after each of eight epochs; so does that of copying, where the paper's is constant.
     """
     mamba = mixer in ("mamba", "mamba2")
     if task == "copying" and size == "gpu":  # Mamba paper, E.1
         only = {"length": length or 4096}
         return Recipe(
             stages=(only,), tests=(only,), test_tokens=1 << 22, d_model=64, batch=64, steps=400_000, learning_rate=1e-4,
-            workers=2,
+            final_rate=1 / 8, warmup=0.1, workers=2,
         )  # fmt: skip
     if task == "copying":
         only = {"length": length or 64, "memorise": 4, "vocabulary": 8}
@@ -122,6 +122,8 @@ def backbone(task: Task, mixer: Mixer, d_model: int, d_state: int | None, window
         return presets.mamba(d_model, LAYERS, d_state=d_state or 16)
     if mixer == "mamba2":
         return presets.mamba2(d_model, LAYERS, d_state=d_state or 64, head_dim=min(64, 2 * d_model))
+    if mixer == "s4d":
+        return presets.s4d(d_model, LAYERS, d_state=d_state or 64)
     if d_state is not None:
         raise InputError(f"--d-state is {d_state}, but {mixer} has no state of that kind; leave it out")
     if mixer == "lstm":
@@ -225,11 +227,12 @@ def recall(
 
     Args:
         task: Which task.
-        mixer: Which layers: mamba, mamba2, attention, window (attention over a sliding window) or lstm.
+        mixer: Which layers: mamba, mamba2, s4d (the same at every step), attention, window (attention over a sliding
+            window) or lstm.
         seed: Seed of the weights and of the training sequences; all models are tested on the same ones.
         size: laptop or gpu, the paper's size.
         d_model: Width.
-        d_state: State size of mamba (16) or mamba2 (64).
+        d_state: State size of mamba (16), mamba2 (64) or s4d (64).
         window: Steps that a sliding window sees; by default a quarter of the length that is trained.
         length: Length of the training sequences.
         batch: Sequences per step.

@@ -66,7 +66,7 @@ def test_smaller_batches_go_through_the_stages_as_quickly_with_new_sequences():
     assert torch.equal(quarter.train_batch(1)["ids"], quarter.train_batch(33)["ids"])
 
 
-@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention", "window", "lstm"])
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "s4d", "attention", "window", "lstm"])
 def test_reading_in_stretches_gives_the_answers_of_one_pass(mixer):
     config = backbone("induction", mixer, 16, None, 5)
     config = ModelConfig(vocab_size=4, backbone=config, head=HeadConfig(task="next_token"))
