@@ -1,5 +1,6 @@
 """`longseq bench recall`: train a small model on a task of memory, and see how long, and how much, it remembers."""
 
+import itertools
 import shlex
 import time
 from collections.abc import Callable
@@ -32,7 +33,8 @@ READ_AT_ONCE = {"cpu": 1 << 14, "cuda": 1 << 20}  # tokens
 LAYERS = 2  # as in all three tables
 GROUP = 64  # sequences of a test that are drawn together
 MEASURED = (  # what tells results apart
-    "task", "mixer", "size", "seed", "d_model", "d_state", "window", "length", "batch", "steps", "learning_rate"
+    "task", "mixer", "size", "seed", "d_model", "d_state", "window", "length", "shortest", "batch", "steps",
+    "learning_rate",
 )  # fmt: skip
 
 
@@ -68,24 +70,29 @@ class Recipe:
     "Processes that draw sequences."
 
 
-def recipe(task: Task, mixer: Mixer, size: Literal["laptop", "gpu"], length: int | None = None) -> Recipe:
+def recipe(
+    task: Task, mixer: Mixer, size: Literal["laptop", "gpu"], length: int | None = None, shortest: int | None = None
+) -> Recipe:
     """The papers' recipe (gpu), or a smaller task for a CPU; `length` is that of training.
 
     Where the papers say nothing, as on Adam's constants and for windows and LSTM, it is what the neighbours have. The
     learning rate of MQAR rises in a tenth of the steps and falls to 1/8 as a cosine, where the paper's falls by an
-    eighth after each of eight epochs; so does that of copying, where the paper's is constant.
+    eighth after each of eight epochs. So does that of copying, where the paper's is constant in 400,000 steps, all at
+    one length; here the lengths from `shortest` (64) to `length`, each twice the one before, take turns.
     """
     mamba = mixer in ("mamba", "mamba2")
-    if task == "copying" and size == "gpu":  # Mamba paper, E.1
-        only = {"length": length or 4096}
+    if task == "copying" and size == "gpu":  # Mamba paper, E.1, but for the shorter lengths, the rate and the steps
+        length = length or 4096
+        stages = tuple({"length": part} for part in _doubling(shortest or 64, length))
         return Recipe(
-            stages=(only,), tests=(only,), test_tokens=1 << 22, d_model=64, batch=64, steps=400_000, learning_rate=1e-4,
-            final_rate=1 / 8, warmup=0.1, workers=2,
+            stages=stages, tests=stages[-1:], test_tokens=1 << 22, d_model=64, batch=64, steps=4000 * len(stages),
+            learning_rate=3e-3, final_rate=1 / 8, warmup=0.1, workers=4,
         )  # fmt: skip
     if task == "copying":
-        only = {"length": length or 64, "memorise": 4, "vocabulary": 8}
+        length, size_of = length or 64, {"memorise": 4, "vocabulary": 8}
+        stages = tuple({"length": part, **size_of} for part in _doubling(shortest or length, length))
         return Recipe(
-            stages=(only,), tests=(only,), test_tokens=1 << 14, d_model=32, batch=32, steps=3000,
+            stages=stages, tests=stages[-1:], test_tokens=1 << 14, d_model=32, batch=32, steps=3000,
             learning_rate=2e-3, final_rate=1 / 8, warmup=0.1,
         )  # fmt: skip
     if task == "induction" and size == "gpu":  # Mamba paper, 4.1.2 and E.1: 25 "epochs" of 8,192 steps
@@ -114,6 +121,11 @@ def recipe(task: Task, mixer: Mixer, size: Literal["laptop", "gpu"], length: int
         stages=stages, tests=stages, test_tokens=1 << 14, d_model=64, batch=64, steps=1500,
         learning_rate=1e-2 if mamba else 2e-3, final_rate=1 / 8,
     )  # fmt: skip
+
+
+def _doubling(shortest: int, longest: int) -> list[int]:
+    """shortest, 2 shortest, 4 shortest, ... below longest, and longest."""
+    return [*itertools.takewhile(lambda length: length < longest, (shortest << k for k in itertools.count())), longest]
 
 
 def backbone(task: Task, mixer: Mixer, d_model: int, d_state: int | None, window: int) -> BackboneConfig:
@@ -209,6 +221,7 @@ def recall(
     d_state: int | None = None,
     window: int | None = None,
     length: int | None = None,
+    shortest: int | None = None,
     batch: int | None = None,
     steps: int | None = None,
     learning_rate: float | None = None,
@@ -235,6 +248,8 @@ def recall(
         d_state: State size of mamba (16), mamba2 (64) or s4d (64).
         window: Steps that a sliding window sees; by default a quarter of the length that is trained.
         length: Length of the training sequences.
+        shortest: Length of the shortest of them, for copying: lengths from it to --length, each twice the one before,
+            take turns. By default 64 for --size gpu, where the paper's are all of one length.
         batch: Sequences per step.
         steps: Steps of the optimizer.
         learning_rate: Highest learning rate.
@@ -250,11 +265,13 @@ def recall(
     from seqmodels.display import aligned
     from seqmodels.record import add_rows, commit, device_name, versions
 
-    for name in ("d_model", "d_state", "window", "length", "batch", "steps"):
+    for name in ("d_model", "d_state", "window", "length", "shortest", "batch", "steps"):
         if given.get(name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; expected at least 1")
     on = choose_device(device)
-    how = recipe(task, mixer, size, length)
+    if shortest is not None and task != "copying":
+        raise InputError(f"--shortest is for --task copying, not for {task}; leave it out")
+    how = recipe(task, mixer, size, length, shortest)
     changes = {name: given[name] for name in ("d_model", "batch", "steps", "learning_rate") if name in given}
     how = replace(how, **changes)
     config = backbone(task, mixer, how.d_model, d_state, window or max(1, how.stages[-1]["length"] // 4))
@@ -270,11 +287,12 @@ def recall(
         groups = min(16, max(1, how.test_tokens // (GROUP * sizes["length"])))
         right = accuracy(model, GENERATORS[task], sizes, groups, READ_AT_ONCE[on.type])
         tested.append({**sizes, "sequences": GROUP * groups, "accuracy": round(right, 6)})
-    gpu = device_name(on)
+    gpu, first, longest = device_name(on), how.stages[0]["length"], how.stages[-1]["length"]
     row = {
         "task": task, "mixer": mixer, "size": size, "seed": seed, "d_model": how.d_model,
         "d_state": getattr(config.layers[0], "d_state", None), "window": getattr(config.layers[0], "window", None),
-        "length": how.stages[-1]["length"], "batch": how.batch, "steps": how.steps, "learning_rate": how.learning_rate,
+        "length": longest, "shortest": first if first < longest else None, "batch": how.batch, "steps": how.steps,
+        "learning_rate": how.learning_rate,
         "parameters": sum(p.numel() for p in model.parameters()), "tests": tested,
         "seconds": {"training": round(trained_in, 1), "tests": round(time.perf_counter() - began, 1)},
         "gpu": gpu, "versions": versions(), "commit": commit(), "command": _command(given),

@@ -66,6 +66,15 @@ def test_smaller_batches_go_through_the_stages_as_quickly_with_new_sequences():
     assert torch.equal(quarter.train_batch(1)["ids"], quarter.train_batch(33)["ids"])
 
 
+def test_copying_learns_from_lengths_that_take_turns_and_is_tested_at_the_last():
+    how = recipe("copying", "mamba", "gpu", 300)
+    assert [stage["length"] for stage in how.stages] == [64, 128, 256, 300]
+    assert how.tests == how.stages[-1:]
+    turns = data("copying", stages=how.stages, batch=2)
+    assert [turns.train_batch(step)["ids"].shape[1] - 16 for step in range(5)] == [64, 128, 256, 300, 64]
+    assert [stage["length"] for stage in recipe("copying", "mamba", "gpu", None, 4096).stages] == [4096]
+
+
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2", "s4d", "attention", "window", "lstm"])
 def test_reading_in_stretches_gives_the_answers_of_one_pass(mixer):
     config = backbone("induction", mixer, 16, None, 5)
@@ -105,6 +114,7 @@ def test_a_small_model_learns_induction_heads_also_beyond_the_length_it_was_trai
         (["--mixer", "lstm", "--d-state", "4"], "lstm has no state of that kind"),
         (["--steps", "0"], "--steps is 0; expected at least 1"),
         (["--task", "mqar", "--length", "8"], "give fewer pairs"),
+        (["--shortest", "8"], "--shortest is for --task copying, not for induction"),
         (["--mixer", "attention", "--d-model", "12"], "choose num_heads"),
     ],
 )
