@@ -48,6 +48,15 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def warps_for(tile: int, most: int) -> int:
+    """Warps for a tile of a state that is updated in place, `most` if it has a value for each of their threads.
+
+    Else several threads would hold the same value, and a warp that lags behind could read what another has already
+    written.
+    """
+    return max(1, min(most, tile // 32))
+
+
 def on_tensor_cores(x: Tensor, weight: Tensor) -> bool:
     """Whether a batch's projection is a matrix product: from 5 rows in bfloat16."""
     return x.dtype == weight.dtype == torch.bfloat16 and x.shape[0] > 4

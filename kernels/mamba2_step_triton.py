@@ -13,7 +13,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from seqmodels.kernels.linear_step_triton import Conv, check_states, launch_options, linear, on_tensor_cores, overlaps
+from seqmodels.kernels.linear_step_triton import (
+    Conv,
+    check_states,
+    launch_options,
+    linear,
+    on_tensor_cores,
+    overlaps,
+    warps_for,
+)
 from seqmodels.kernels.math_triton import sigmoid, step_size
 
 
@@ -37,14 +45,14 @@ def forward(
         many = on_tensor_cores(x, out_proj)
         # A batch's states pass the cache by: 0.95 instead of 0.97 ms at batch 64.
         ROWS = min(triton.next_power_of_2(p), 32 if b > 4 else 8)
-        parts = triton.cdiv(p, ROWS)
+        parts, BLOCK_N = triton.cdiv(p, ROWS), triton.next_power_of_2(n)
         y = torch.empty(b, h * p, dtype=x.dtype if many else torch.float32, device=x.device)
         squares = None if norm_weight is None else torch.empty(b, h * parts, device=x.device)
         _update[(b * h * parts,)](
             zxBCdt, dt_bias, A_log, D, norm_weight, state, y, squares, dt_low, dt_high,
             H=h, G=groups, P=p, N=n, PARTS=parts, D_PER_CHANNEL=D.numel() > h, NORM=norm_weight is not None,
-            NORM_BEFORE_GATE=norm_before_gate, ROWS=ROWS, BLOCK_N=triton.next_power_of_2(n),
-            EVICTION="evict_first" if b > 4 else "", OVERLAP=overlap, num_warps=8 if b > 4 else 4,
+            NORM_BEFORE_GATE=norm_before_gate, ROWS=ROWS, BLOCK_N=BLOCK_N, OVERLAP=overlap,
+            EVICTION="evict_first" if b > 4 else "", num_warps=warps_for(ROWS * BLOCK_N, 8 if b > 4 else 4),
             **launch_options(overlap),
         )  # fmt: skip
         result = linear(

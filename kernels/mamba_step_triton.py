@@ -12,7 +12,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from seqmodels.kernels.linear_step_triton import Conv, check_states, launch_options, linear, on_tensor_cores, overlaps
+from seqmodels.kernels.linear_step_triton import (
+    Conv,
+    check_states,
+    launch_options,
+    linear,
+    on_tensor_cores,
+    overlaps,
+    warps_for,
+)
 from seqmodels.kernels.math_triton import sigmoid, softplus
 
 
@@ -35,12 +43,13 @@ def forward(
         )  # fmt: skip
         dtBC = linear(xz[:, :e], x_proj, dtype=torch.float32, overlap=overlap, early=True)
         y = torch.empty(b, e, dtype=x.dtype if on_tensor_cores(x, out_proj) else torch.float32, device=x.device)
-        ROWS = 8 if b <= 4 else 32
+        ROWS, BLOCK_N = 8 if b <= 4 else 32, triton.next_power_of_2(n)
         parts = triton.cdiv(e, ROWS)
         _update[(b * parts,)](
             xz, dtBC, dt_proj, dt_bias, A_log, D, state, y,
-            E=e, N=n, RANK=rank, PARTS=parts, ROWS=ROWS, BLOCK_N=triton.next_power_of_2(n),
-            BLOCK_RANK=triton.next_power_of_2(rank), OVERLAP=overlap, num_warps=1 if b <= 4 else 4,
+            E=e, N=n, RANK=rank, PARTS=parts, ROWS=ROWS, BLOCK_N=BLOCK_N,
+            BLOCK_RANK=triton.next_power_of_2(rank), OVERLAP=overlap,
+            num_warps=warps_for(ROWS * BLOCK_N, 1 if b <= 4 else 4),
             **launch_options(overlap),
         )  # fmt: skip
         result = linear(y, out_proj, out_bias, dtype=x.dtype, overlap=overlap, early=True)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from seqmodels.kernels import layer_step
+from seqmodels.kernels import layer_step, linear_step_triton
 from seqmodels.kernels.layer_step import mamba2_layer_step, mamba_layer_step
 
 triton_needed = pytest.importorskip("triton", reason="the Triton forms need triton")
@@ -118,3 +118,11 @@ def test_the_registration_is_sound(op):
     function, inputs, _ = OPS[op]
     for sizes, dtype in itertools.product(({}, {"residual": False, "residual_in_fp32": False}), (torch.float32,)):
         torch.library.opcheck(function, converted(inputs(**sizes), dtype))
+
+
+@pytest.mark.parametrize("most", [1, 4, 8])
+@pytest.mark.parametrize("tile", [1, 8, 64, 128, 4096])
+def test_no_two_warps_hold_the_same_value_of_a_state(tile, most):
+    warps = linear_step_triton.warps_for(tile, most)
+    assert warps == 1 or 32 * warps <= tile
+    assert warps == most or tile < 32 * most
