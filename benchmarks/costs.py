@@ -46,6 +46,18 @@ def causal_conv1d(shape: Shape, l: int) -> Cost:
     return cost_of((l * 4 * shape["d"], l * 6 * shape["d"]))
 
 
+def long_convolution(shape: Shape, l: int) -> Cost:
+    """As long as the sequence, its kernel in float32; bytes alone."""
+    return cost_of((l * 8 * shape["d"], l * 14 * shape["d"]))
+
+
+def attention(shape: Shape, l: int) -> Cost:
+    """Causal: half of two products; backward has five."""
+    row = shape["h"] * shape["p"]
+    seconds = 2 * l * l * row / MATRIX_OPS_PER_S
+    return cost_of((l * 8 * row, l * 14 * row), (seconds, 2.5 * seconds))
+
+
 def rms_norm(shape: Shape, l: int) -> Cost:
     """With a gate, or with a float32 residual, whose sum is written and read by backward."""
     if "residual" in shape:
