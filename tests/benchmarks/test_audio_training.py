@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from seqmodels.tasks.audio.waveform import write_audio
 
@@ -23,6 +24,7 @@ def test_steps_on_recordings_are_timed_profiled_and_only_printed_on_a_cpu(tmp_pa
         lines.append(f"{i}.wav,{('low', 'high')[i % 2]}")
     (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
     monkeypatch.setattr(record, "write_rows", pytest.fail)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # the program's, for all of its process
     words = f"{tmp_path} --device cpu --tokens 4096 --widths 32 32 --depths 1 1 --pools 4 --steps 2 --profile"
     monkeypatch.setattr(sys, "argv", ["audio_training.py", *words.split()])
     audio_training.main()
