@@ -27,7 +27,7 @@ def scan_in_pytorch(
 ) -> Tensor:
     """x, dt, z (b, l, e), A (e, n), D, dt_bias (e,), B, C (b, l, 1, n) -> y (b, l, e): log2(l) rounds of joining steps.
 
-    The scan as it is usually written without a kernel for it (Mamba paper, section 4.5: "a standard scan").
+    As it is usually written without a kernel for it (Mamba paper, section 4.5).
     """
     dt = F.softplus(dt.float() + dt_bias)
     decay, state = torch.exp(dt[..., None] * A), (dt * x.float())[..., None] * B.float()
