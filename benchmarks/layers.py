@@ -19,6 +19,7 @@ from seqmodels.mixers import build_mixer
 SHAPES = [
     {"mixer": "mamba2", "b": 1, "d": 256, "h": 8, "p": 64, "n": 64},
     {"mixer": "mamba2", "b": 1, "d": 256, "h": 8, "p": 64, "n": 128},
+    {"mixer": "mamba2", "b": 1, "d": 256, "h": 8, "p": 64, "n": 256},
     {"mixer": "mamba", "b": 1, "d": 256, "e": 512, "n": 16},
     {"mixer": "mamba2", "b": 1, "d": 1024, "h": 32, "p": 64, "n": 128},
     {"mixer": "mamba2", "b": 1, "d": 2048, "h": 64, "p": 64, "n": 128},

@@ -53,7 +53,9 @@ _GUE = [
 _GPU_ONLY = Sizes(laptop=None)
 _FSDD, _VARIANTS = "$LONGSEQ_DATA/audio/fsdd", "$LONGSEQ_DATA/variants/human_chr20_1mb"
 SIZES = {
-    **dict.fromkeys(("alternatives", "causal_conv1d", "layers", "rms_norm", "selective_scan", "ssd"), _GPU_ONLY),
+    **dict.fromkeys(
+        ("alternatives", "causal_conv1d", "ceilings", "layers", "rms_norm", "selective_scan", "ssd"), _GPU_ONLY
+    ),
     "audio_blocks": Sizes(
         f"{_FSDD} runs/blocks-laptop --pairs mamba2/mamba2 s4d/mamba2 --samples 16384 --step 8192 --widths 32 32 "
         "--depths 1 1 --pools 16 --precision 32 --device cpu",
