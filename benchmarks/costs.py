@@ -8,7 +8,7 @@ after forward. Shapes are the dicts of the programs' rows, l the length.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-# Measured by ceilings.py: a copy, bf16 matrix products of 8192, float32 FMA, steps of a scan (exp2 and five FMA).
+# A copy, bf16 matrix products of 8192, float32 FMA, steps of a scan (exp2 and five FMA); ceilings.py measures them.
 BYTES_PER_S, MATRIX_OPS_PER_S, FMA_PER_S, SCAN_STEPS_PER_S = 4.285e12, 790e12, 29.66e12, 3.855e12
 
 Shape = dict[str, Any]
