@@ -89,6 +89,7 @@ SIZES = {
         "2000 --training.validate-every 200 --training.learning-rate 5e-4 --training.precision bf16 --training.weights "
         "bfloat16 --training.num-workers 3 --training.device cuda",
     ),
+    "linear_prediction": Sizes(_FSDD, None),
     "minute": Sizes(
         "runs/music-laptop runs/minute-laptop --rate 8000 --steps 4 --step 8192 --longest 4096 --samples 16000 "
         "--widths 32 32 --depths 1 1 --pools 16 --precision 32 --workers 0 --device cpu",
