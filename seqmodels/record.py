@@ -75,7 +75,8 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checked-out commit, marked '-dirty' where tracked files differ from it; 'unknown' outside a checkout."""
+    """The checked-out commit, marked '-dirty' where tracked files other than recorded results differ from it; 'unknown'
+    outside a checkout."""
     here = Path(__file__)
 
     def git(*words: str) -> str:
@@ -84,7 +85,8 @@ def commit() -> str:
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # not another project's repository around an installed package
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -154,15 +154,25 @@ def test_rows_of_the_same_measurement_are_replaced_and_others_kept_also_by_many_
     assert [p.name for p in path.parent.iterdir()] == ["rows.json"]
 
 
-def test_the_commit_is_that_of_this_repository_and_of_no_other_around_an_installed_package(tmp_path):
+def test_the_commit_is_that_of_this_repository_and_of_no_other_and_results_do_not_make_it_dirty(tmp_path):
     here = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROGRAMS, capture_output=True, text=True)
     if here.returncode:
         pytest.skip("not a git checkout")
     assert commit().removesuffix("-dirty") == here.stdout.strip()
-    copy = tmp_path / "record.py"
-    copy.write_text((PROGRAMS.parent / "seqmodels" / "record.py").read_text())
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    copy = tmp_path / "seqmodels" / "record.py"
+    result = tmp_path / "benchmarks" / "results" / "speed.json"
+    for path, text in ((copy, (PROGRAMS.parent / "seqmodels" / "record.py").read_text()), (result, "[]")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
     spec = importlib.util.spec_from_file_location("copied_record", copy)
     sys.modules["copied_record"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.commit() == "unknown"
+    for words in (["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *words], check=True)
+    result.write_text("[1]")
+    assert len(module.commit()) == 40
+    copy.write_text(copy.read_text() + "\n")
+    assert module.commit().endswith("-dirty")
