@@ -25,8 +25,8 @@ def reference_bits(training: Sequence[Tokens], windows: NDArray[np.uint8], *, ma
     cut = [stretch[: int(part * len(stretch))] for stretch in training]
     while longest > 2 and total * part < _FEW * 4 ** (longest - 2):
         longest -= 1 + masked
-    counts = _counts(cut, longest)
-    flat = [codes for window in windows for codes in [_words(window, longest)] if len(codes)]
+    counts = count_words(cut, longest)
+    flat = [codes for window in windows for codes in [words_of(window, longest)] if len(codes)]
     codes = np.concatenate(flat) if flat else np.zeros(0, dtype=np.int64)
     best = (0, 2.0)
     for k in range(longest // 2 + 1 if masked else longest):
@@ -45,16 +45,16 @@ def reference_bits(training: Sequence[Tokens], windows: NDArray[np.uint8], *, ma
     return best
 
 
-def _counts(stretches: Iterable[Tokens], k: int) -> NDArray[np.int64]:
+def count_words(stretches: Iterable[Tokens], k: int) -> NDArray[np.int64]:
     """Occurrences (4**k,) of words in both strands, the first base being the highest digit."""
     counts = np.zeros(4**k, dtype=np.int64)
     for stretch in stretches:
         for start in range(0, max(0, len(stretch) - k + 1), _CHUNK):
-            np.add.at(counts, _words(stretch[start : start + _CHUNK + k - 1], k), 1)
+            np.add.at(counts, words_of(stretch[start : start + _CHUNK + k - 1], k), 1)
     return counts + counts.reshape((4,) * k).transpose().reshape(-1)[::-1]
 
 
-def _words(tokens: Tokens, k: int) -> NDArray[np.int64]:
+def words_of(tokens: Tokens, k: int) -> NDArray[np.int64]:
     """Codes of the words of k bases, in order, without those that hold another token."""
     known = (tokens >= A) & (tokens <= T)
     digits = tokens.astype(np.int64) - A
