@@ -5,6 +5,13 @@ logits = model(ids)                            # a classifier
 logits, state = model(ids, state=None)         # a language model; hand the state to the next call
 """
 
+import os
+
+if (
+    "OMP_WAIT_POLICY" not in os.environ
+):  # before torch starts its threads, which wait for each other at every operation:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # not for long on cores that other programs use, too
+
 from seqmodels.checkpoint import load, save
 from seqmodels.config import ModelConfig
 from seqmodels.errors import InputError

@@ -1,6 +1,7 @@
 """The package: folders that must not become packages, dependencies that point one way, and what a wheel holds."""
 
 import ast
+import os
 import subprocess
 import sys
 import zipfile
@@ -59,6 +60,17 @@ def test_transformers_imports_its_mamba_from_the_repository_root():
     code = "import transformers; from transformers import Mamba2Model; import seqmodels.kernels.ssd; print('fine')"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "fine", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_wait_briefly_before_they_sleep_unless_told_otherwise(given, wanted):
+    own = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import os, seqmodels; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], env=own | given, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == wanted
 
 
 def test_importing_the_package_does_not_import_what_only_training_needs():
