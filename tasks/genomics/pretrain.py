@@ -13,7 +13,7 @@ import seqmodels
 from seqmodels.checkpoint import choose_device
 from seqmodels.config import HeadConfig, ModelConfig
 from seqmodels.errors import InputError
-from seqmodels.files import replacing
+from seqmodels.files import replacing, write_json
 from seqmodels.heads import IGNORED
 from seqmodels.tasks.genomics.backbones import choose_backbone, kmer_config
 from seqmodels.tasks.genomics.datasets import GenomeWindows
@@ -88,7 +88,7 @@ def pretrain(
 
     Beside the bits per base of the validation windows stands what counting gives: the best Markov chain of order 0 to
     11 (masked-token: the best table of the base between 0 to 5 bases on each side), counted in both strands of the
-    training data. Two bits are pure chance. Bases that are N are never predicted.
+    training data. Two bits are pure chance. Bases that are N are never predicted. The figures are in RUN/results.json.
 
     Args:
         files: FASTA files of genomes, plain or compressed with gzip or BGZF; every record needs a name of its own.
@@ -182,16 +182,19 @@ def pretrain(
             f"{len(genome.names)} records, {bases} bases to train on, {data.validated.size} to validate",
             file=sys.stderr,
         )
-        k, bits = reference_bits(
+        k, counting = reference_bits(
             [genome.bases(s.record, s.start, s.end) for s in data.training], data.validated, masked=masked
         )
-        reference = f"{bits:.4f} bits per base by counting, given {k} bases {'on each side' if masked else 'before it'}"
+        sides = "on each side" if masked else "before it"
+        reference = f"{counting:.4f} bits per base by counting, given {k} bases {sides}"
         print(f"for comparison on the validation windows: {reference}", file=sys.stderr, flush=True)
         card = _card(files, objective, window, bases, data.validated.size, reverse_complement, training, reference)
     model = fit(config, data, training, run, card=card, start_from=start_from)
     if first_process():
         bits = validation_bits(model, data, training.device)
         print(f"the model: {bits:.4f} bits per base; {reference}", file=sys.stderr)
+        found = {"bits_per_base": bits, "counting_bits_per_base": counting, "counting_context": k}
+        write_json(run / "results.json", found | {"bases_to_train_on": bases, "bases_to_validate": data.validated.size})
         with replacing(model / "README.md") as temporary:
             temporary.write_text(card.replace("BITS", f"{bits:.4f}"), encoding="utf-8")
         print(model)

@@ -201,6 +201,9 @@ def test_a_pretrained_model_says_what_it_is_and_resumes_exactly(
     card = (tmp_path / "whole" / "model" / "README.md").read_text()
     bits = said.split("the model: ")[1].split()[0]
     assert f"{bits} bits per base. For comparison" in card
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert f"{results['bits_per_base']:.4f}" == bits
+    assert f"{results['counting_bits_per_base']:.4f} bits per base by counting" in said
     assert str(tmp_path) not in card
     with monkeypatch.context() as patch:
         read = GenomeData.train_batch
