@@ -102,9 +102,9 @@ SIZES = {
     ),
     "pretrain": Sizes(
         "$LONGSEQ_DATA/genomes/blochmannia/blochmannia.fa.gz runs/blochmannia --name pretrain-blochmannia -- "
-        "--validation NZ_CP010048.1 --window 512 --batch-tokens 8192 --d-model 64 --n-layer 2 --d-state 32 --kmer 6 --kmer-width 32 "
-        "--validation-windows 128 --training.max-steps 600 --training.validate-every 100 --training.learning-rate 5e-3 "
-        "--training.device cpu",
+        "--validation NZ_CP010048.1 --window 512 --batch-tokens 8192 --d-model 64 --n-layer 2 --d-state 32 --kmer 6 "
+        "--kmer-width 32 --validation-windows 128 --training.max-steps 600 --training.validate-every 100 "
+        "--training.learning-rate 5e-3 --training.device cpu",
         None,
     ),
     "scaling": Sizes("--device cpu --lengths 1024 4096 --mixers mamba2 --layers 2"),
