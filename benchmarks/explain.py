@@ -1,17 +1,16 @@
 """Does `dna explain` find what a promoter's classifier should look for, and does the gradient agree with mutagenesis?
 
-    LONGSEQ_DATA=... python benchmarks/explain.py [--steps 200] [--name explain]
+    python benchmarks/explain.py $LONGSEQ_DATA/dna/gue/prom/prom_core_tata [--steps 200] [--name explain]
 
 Trains a small convolutional network on GUE's human core promoters with a TATA box, 70 bases each, the start of
-transcription at the 35th, and explains those of the dev set. Rows: the mean importance of each position by both methods
-(log-odds of being a promoter; the box is expected 31 to 25 bases before the start, positions 4 to 10 from 0), and the
-correlation of both over all bases.
+transcription at the 35th, and explains those of the test set, all whose label is promoter. Rows: the mean importance of
+each position by both methods (log-odds of being a promoter; the box is expected 31 to 25 bases before the start,
+positions 4 to 10 from 0), and the correlation of both over all bases.
 """
 
 import argparse
 import csv
 import gzip
-import os
 import tempfile
 from pathlib import Path
 
@@ -26,11 +25,12 @@ from seqmodels.training import TrainingConfig
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of the task")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--name", default="explain")
     arguments = parser.parse_args()
-    data = Path(os.environ["LONGSEQ_DATA"]) / "dna" / "gue" / "prom" / "prom_core_tata"
-    with gzip.open(data / "dev.csv.gz", "rt") as file:
+    data = arguments.data
+    with gzip.open(data / "test.csv.gz", "rt") as file:
         promoters = [encode(row["sequence"].encode()) for row in csv.DictReader(file) if row["label"] == "1"]
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingConfig(max_steps=arguments.steps, validate_every=50, device="cpu")

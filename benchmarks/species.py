@@ -5,7 +5,7 @@
 As many windows of each class at each length, evenly spaced over the test records, with bootstrapped intervals: what
 `dna evaluate` says, recorded with machine, versions and commit. Beside it, on the same windows, what counting in the
 training records gives: a Markov chain of order 7 for each class, both strands, add-one; and the class whose records
-hold most of the window's words of 12 bases, on either strand.
+hold most of the window's words of 12 bases, or of 14, on either strand.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from seqmodels.tasks.genomics.datasets import Stretch, spaced_windows, taken
 from seqmodels.tasks.genomics.evaluate import evaluate
 from seqmodels.tasks.genomics.labelled import load_labelled
 from seqmodels.tasks.genomics.markov import count_words, words_of
-from seqmodels.tasks.genomics.tokens import Tokens
+from seqmodels.tasks.genomics.tokens import COMPLEMENT_MAP, Tokens
 
 LENGTHS = (1024, 4096, 8192, 16384, 65536, 262144, 524288, 1048576)
-ORDER, WORD = 7, 12
+ORDER, WORDS = 7, (12, 14)
 Scores = Callable[[Tokens], NDArray[np.float64]]
 
 
@@ -44,12 +44,16 @@ def chains(classes: list[list[Tokens]]) -> Scores:
     return scores
 
 
-def votes(classes: list[list[Tokens]]) -> Scores:
-    """The share of a sequence's words that each class (n,) holds, scaled to a sum of 1."""
-    held = np.stack([count_words(own, WORD) > 0 for own in classes])
+def votes(classes: list[list[Tokens]], k: int) -> Scores:
+    """The share of a sequence's words of k bases that each class (n,) holds, scaled to a sum of 1."""
+    held = np.zeros((len(classes), 4**k), dtype=bool)
+    for own, sequences in zip(held, classes, strict=True):
+        for tokens in sequences:
+            for strand in (tokens, np.asarray(COMPLEMENT_MAP, dtype=tokens.dtype)[tokens[::-1]]):
+                own[words_of(strand, k)] = True
 
     def scores(sequence: Tokens) -> NDArray[np.float64]:
-        found = held[:, words_of(sequence, WORD)].sum(1) + 1e-9
+        found = held[:, words_of(sequence, k)].sum(1) + 1e-9
         return found / found.sum()
 
     return scores
@@ -64,7 +68,8 @@ def counted(data: Path, lengths: list[int], windows: int) -> Iterator[dict[str, 
         for k in range(len(train.classes))
     ]
     whole = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(test.tokens)]
-    for name, scores in ((f"Markov chain of order {ORDER}", chains(own)), (f"vote of {WORD}-mers", votes(own))):
+    ways = {f"Markov chain of order {ORDER}": chains(own), **{f"vote of {k}-mers": votes(own, k) for k in WORDS}}
+    for name, scores in ways.items():
         for length in lengths:
             sequences, targets = taken(test, spaced_windows(test, whole, length, windows, overlap=False))
             found = evaluate_scores(targets, np.stack([scores(sequence) for sequence in sequences]))

@@ -76,6 +76,7 @@ SIZES = {
         "--training.learning-rate 2e-3 --training.precision bf16 --training.device cuda",
     ),
     "decode": Sizes(None, "--mixers mamba2 mamba attention --batches 1 2 4 8 16 32 64 128"),
+    "explain": Sizes("$LONGSEQ_DATA/dna/gue/prom/prom_core_tata", None),
     "fasta": Sizes(gpu=None),
     "generate": Sizes("--device cpu --batches 1 8 --seconds 1"),
     "gue": Sizes(_GUE[0], "\n".join(_GUE)),

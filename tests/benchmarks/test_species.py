@@ -53,11 +53,12 @@ def test_a_chain_is_the_product_of_its_add_one_chances():
     assert math.log(scores[1] / scores[0]) == pytest.approx(nats[1] - nats[0], rel=1e-6)
 
 
-def test_a_vote_is_the_share_of_words_that_a_class_holds_on_either_strand():
-    from species import WORD, votes
+@pytest.mark.parametrize("k", [12, 14])
+def test_a_vote_is_the_share_of_words_that_a_class_holds_on_either_strand(k):
+    from species import votes
 
-    scores = votes([[tokens(sequence) for sequence in own] for own in CLASSES])(tokens(WINDOW))
-    held = [both_strands(own, WORD) for own in CLASSES]
-    shares = np.array([sum(word in own for word in words(WINDOW, WORD)) for own in held])
+    scores = votes([[tokens(sequence) for sequence in own] for own in CLASSES], k)(tokens(WINDOW))
+    held = [both_strands(own, k) for own in CLASSES]
+    shares = np.array([sum(word in own for word in words(WINDOW, k)) for own in held])
     assert shares.min() > 0
     np.testing.assert_allclose(scores, shares / shares.sum(), rtol=1e-6)
