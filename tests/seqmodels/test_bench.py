@@ -176,3 +176,13 @@ def test_the_commit_is_that_of_this_repository_and_of_no_other_and_results_do_no
     assert len(module.commit()) == 40
     copy.write_text(copy.read_text() + "\n")
     assert module.commit().endswith("-dirty")
+
+
+def test_no_recorded_figure_is_of_sources_that_nobody_can_check_out():
+    commits = {
+        (path.name, commit)
+        for path in (PROGRAMS / "results").rglob("*.json")
+        for commit in re.findall(r'"commit": "([^"]*)"', path.read_text())
+    }
+    assert commits
+    assert not [one for one in commits if not re.fullmatch("[0-9a-f]{40}", one[1])]
