@@ -7,10 +7,9 @@ logits, state = model(ids, state=None)         # a language model; hand the stat
 
 import os
 
-if (
-    "OMP_WAIT_POLICY" not in os.environ
-):  # before torch starts its threads, which wait for each other at every operation:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # not for long on cores that other programs use, too
+# Threads of torch wait for each other at every operation: not for long on cores that other programs use, too.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from seqmodels.checkpoint import load, save
 from seqmodels.config import ModelConfig
