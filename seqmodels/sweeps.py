@@ -49,7 +49,9 @@ def two_sweeps(
     The ids stay where they are; the backbone is in eval mode, and its device is where the features are.
     """
     if not sweepable(backbone):
-        raise InputError("attention without a direction, and U-Nets, cannot be read in two sweeps; use windows")
+        raise InputError(
+            "attention without a direction, convolutions and U-Nets cannot be read in two sweeps; use windows"
+        )
     given = _swept(backbone, ids, chunk, conditions, other=False)
     if not backbone.both_strands:
         yield from given
