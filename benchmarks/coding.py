@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -42,14 +41,13 @@ if __name__ == "__main__":
     parser.add_argument("--name", required=True, help="of the file in benchmarks/results")
     parser.add_argument("--data", type=Path, default=os.environ.get("LONGSEQ_DATA"), help="otherwise $LONGSEQ_DATA")
     parser.add_argument("--no-test", action="store_true")
-    own, _, options = " ".join(sys.argv[1:]).partition(" -- ")
-    given = parser.parse_args(own.split())
+    given, options = record.arguments(parser)
     if given.data is None:
         parser.error("name the folder of data with --data or LONGSEQ_DATA")
     genomes, started = given.data / "genomes", time.perf_counter()
     more = ([] if given.no_test else ["--test"]) + ["--training.resume"] * (given.run / "results.json").exists()
     record.run("dna", "train", genomes / ECOLI[0], given.run, "--annotation", genomes / ECOLI[1], "--validation",
-               VALIDATION, "--leave-out", TEST, *more, *options.split())  # fmt: skip
+               VALIDATION, "--leave-out", TEST, *more, *options)  # fmt: skip
     seconds = time.perf_counter() - started
     models = json.loads((given.run / "results.json").read_text())["models"]
     measured = {on: [model["results"][on][0] for model in models] for on in models[0]["results"]}

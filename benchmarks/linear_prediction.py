@@ -35,7 +35,7 @@ def borders(levels: int) -> np.ndarray:
     return found
 
 
-@numba.njit(cache=True, fastmath=False)
+@numba.njit(cache=True)
 def bits_of(tokens, samples, edges, kept, widths, order, share):
     """Bits of all tokens (l,) of a clip, whose decoded samples (l,) are what is predicted from."""
     m, k = len(kept), len(widths)

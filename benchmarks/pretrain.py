@@ -8,7 +8,6 @@ What follows `--` are options of `longseq dna pretrain`; `longseq bench run pret
 import argparse
 import csv
 import json
-import sys
 from pathlib import Path
 
 import record
@@ -18,9 +17,8 @@ if __name__ == "__main__":
     parser.add_argument("genomes", type=Path)
     parser.add_argument("run", type=Path)
     parser.add_argument("--name", required=True, help="of the file in benchmarks/results")
-    own, _, options = " ".join(sys.argv[1:]).partition(" -- ")
-    given = parser.parse_args(own.split())
-    record.run("dna", "pretrain", given.genomes, given.run, *options.split())
+    given, options = record.arguments(parser)
+    record.run("dna", "pretrain", given.genomes, given.run, *options)
     with open(max(given.run.glob("logs/*/metrics.csv")), newline="") as file:
         curve = [row for row in csv.DictReader(file) if row["val_bits"]]
     rows = [{"step": int(row["step"]) + 1, "val_bits": round(float(row["val_bits"]), 4)} for row in curve]

@@ -10,7 +10,6 @@ before, in the same folder, is not trained again.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import record
@@ -34,9 +33,8 @@ if __name__ == "__main__":
     parser.add_argument("run", type=Path)
     parser.add_argument("--name", required=True, help="of the file in benchmarks/results")
     parser.add_argument("--seeds", type=int, default=3)
-    own, _, options = " ".join(sys.argv[1:]).partition(" -- ")
-    given = parser.parse_args(own.split())
-    rows = [measured(given.data, given.run / f"seed{s}", s, options.split()) for s in range(given.seeds)]
+    given, options = record.arguments(parser)
+    rows = [measured(given.data, given.run / f"seed{s}", s, options) for s in range(given.seeds)]
     for row in rows:
         accuracy = row["metrics"]["accuracy"]
         print(f"seed {row['seed']}: {accuracy['value']:.4f} ({accuracy['low']:.4f} to {accuracy['high']:.4f})")

@@ -1,5 +1,6 @@
 """Writes what a benchmark measured to benchmarks/results/, with what is needed to repeat and to judge it."""
 
+import argparse
 import datetime
 import os
 import shlex
@@ -20,6 +21,12 @@ def run(*words: object) -> None:
     """One command of longseq; the program ends where it fails."""
     if code := main([*map(str, words)]):
         sys.exit(code)
+
+
+def arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """A program's own arguments, and the words after `--`, which are options of a command of longseq."""
+    own, _, options = " ".join(sys.argv[1:]).partition(" -- ")
+    return parser.parse_args(own.split()), options.split()
 
 
 def write_result(name: str, rows: list[dict[str, Any]], commit_given: str | None = None) -> Path:

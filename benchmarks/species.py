@@ -24,7 +24,7 @@ from seqmodels.tasks.genomics.datasets import Stretch, spaced_windows, taken
 from seqmodels.tasks.genomics.evaluate import evaluate
 from seqmodels.tasks.genomics.labelled import load_labelled
 from seqmodels.tasks.genomics.markov import count_words, words_of
-from seqmodels.tasks.genomics.tokens import COMPLEMENT_MAP, Tokens
+from seqmodels.tasks.genomics.tokens import Tokens, reverse_complement
 
 LENGTHS = (1024, 4096, 8192, 16384, 65536, 262144, 524288, 1048576)
 ORDER, WORDS = 7, (12, 14)
@@ -49,7 +49,7 @@ def votes(classes: list[list[Tokens]], k: int) -> Scores:
     held = np.zeros((len(classes), 4**k), dtype=bool)
     for own, sequences in zip(held, classes, strict=True):
         for tokens in sequences:
-            for strand in (tokens, np.asarray(COMPLEMENT_MAP, dtype=tokens.dtype)[tokens[::-1]]):
+            for strand in (tokens, reverse_complement(tokens)):
                 own[words_of(strand, k)] = True
 
     def scores(sequence: Tokens) -> NDArray[np.float64]:
@@ -60,7 +60,7 @@ def votes(classes: list[list[Tokens]], k: int) -> Scores:
 
 
 def counted(data: Path, lengths: list[int], windows: int) -> Iterator[dict[str, Any]]:
-    """What counting gives, a row for each way and length."""
+    """What counting gives, a row for each length and way."""
     train = load_labelled(data, split="train")
     test = load_labelled(data, split="test", classes=train.classes)
     own = [
@@ -69,9 +69,9 @@ def counted(data: Path, lengths: list[int], windows: int) -> Iterator[dict[str, 
     ]
     whole = [Stretch(i, 0, len(tokens)) for i, tokens in enumerate(test.tokens)]
     ways = {f"Markov chain of order {ORDER}": chains(own), **{f"vote of {k}-mers": votes(own, k) for k in WORDS}}
-    for name, scores in ways.items():
-        for length in lengths:
-            sequences, targets = taken(test, spaced_windows(test, whole, length, windows, overlap=False))
+    for length in lengths:
+        sequences, targets = taken(test, spaced_windows(test, whole, length, windows, overlap=False))
+        for name, scores in ways.items():
             found = evaluate_scores(targets, np.stack([scores(sequence) for sequence in sequences]))
             accuracy = found["metrics"]["accuracy"]
             yield {"counting": name, "window": length, "n": len(targets), "accuracy": accuracy}

@@ -1,18 +1,11 @@
 """What the scans are timed against computes what it says."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from seqmodels.kernels.selective_scan import selective_scan_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def programs(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
 
 
 def random(*shape):

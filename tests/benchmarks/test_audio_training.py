@@ -1,7 +1,6 @@
 """benchmarks/audio_training.py: its steps train, and it runs at a tiny size."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +8,9 @@ import torch
 
 from seqmodels.tasks.audio.waveform import write_audio
 
-PROGRAMS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.mark.usefixtures("one_thread")
 def test_steps_on_recordings_are_timed_profiled_and_only_printed_on_a_cpu(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(PROGRAMS)
     import audio_training
     import record
 

@@ -1,17 +1,7 @@
 """The ceilings that all limits are counted with."""
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 import torch
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def programs(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
 
 
 def test_the_kernels_do_as_many_steps_as_are_counted():

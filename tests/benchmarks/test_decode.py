@@ -1,7 +1,5 @@
 """benchmarks/decode.py: the Transformer that Mamba is timed against computes what it should."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,12 +8,9 @@ import seqmodels
 from seqmodels.config import HeadConfig, ModelConfig
 from seqmodels.presets import attention
 
-PROGRAMS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @torch.inference_mode()
-def test_a_step_of_attention_on_a_cache_that_stays_where_it_is_gives_the_models_logits(monkeypatch):
-    monkeypatch.syspath_prepend(PROGRAMS)
+def test_a_step_of_attention_on_a_cache_that_stays_where_it_is_gives_the_models_logits():
     from decode import CachedAttention
 
     config = ModelConfig(vocab_size=11, backbone=attention(16, 3, num_heads=2), head=HeadConfig(task="next_token"))
@@ -31,8 +26,7 @@ def test_a_step_of_attention_on_a_cache_that_stays_where_it_is_gives_the_models_
 
 
 @pytest.mark.parametrize("width", [768, 2048])
-def test_the_models_that_are_compared_have_as_many_parameters(width, monkeypatch):
-    monkeypatch.syspath_prepend(PROGRAMS)
+def test_the_models_that_are_compared_have_as_many_parameters(width):
     from decode import MIXERS, VOCABULARY, backbone
 
     counts = []

@@ -2,17 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-PROGRAMS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.mark.usefixtures("one_thread")
 def test_each_task_starts_from_a_model_of_all_and_what_is_measured_is_not_trained_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(PROGRAMS)
     import gue
 
     rng, data, run = np.random.default_rng(0), tmp_path / "gue", tmp_path / "run"

@@ -1,7 +1,6 @@
 """benchmarks/gue_joint.py: one table of several tasks tells nothing of what is held out."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +9,8 @@ from seqmodels.errors import InputError
 from seqmodels.tasks.genomics.labelled import load_labelled
 from seqmodels.tasks.genomics.tokens import decode
 
-PROGRAMS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 def test_tasks_are_joined_without_what_overlaps_dev_or_test_of_any(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(PROGRAMS)
     import gue_joint
 
     drawn = np.random.default_rng(0).choice(list("ACGT"), (7, 60))

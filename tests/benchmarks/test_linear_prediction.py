@@ -1,17 +1,11 @@
 """Bits under linear prediction."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from seqmodels.tasks.audio.waveform import MuLaw
-
-
-@pytest.fixture(autouse=True)
-def programs(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
 
 
 def bits(samples):

@@ -1,7 +1,6 @@
 """benchmarks/minute.py: what it measures of a second of sound, and it trains and runs at a tiny size."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +8,11 @@ import pytest
 from seqmodels.tasks.audio.scores import INSTRUMENTS, play
 from seqmodels.tasks.audio.waveform import read_audio, write_audio
 
-PROGRAMS, RATE = Path(__file__).resolve().parents[2] / "benchmarks", 4000
+RATE = 4000
 
 
 @pytest.fixture
-def program(monkeypatch):
-    monkeypatch.syspath_prepend(PROGRAMS)
+def program():
     import minute
 
     return minute

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import seqmodels
 
-PROGRAMS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def program(monkeypatch):
-    monkeypatch.syspath_prepend(PROGRAMS)
+def program():
     import scaling_law
 
     return scaling_law

@@ -2,17 +2,11 @@
 
 import math
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from seqmodels.tasks.genomics.tokens import encode
-
-
-@pytest.fixture(autouse=True)
-def programs(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
 
 
 def random_sequence(seed, length):

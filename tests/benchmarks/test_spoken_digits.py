@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import pytest
 from seqmodels.cli import main
 from seqmodels.tasks.audio.waveform import write_audio
 
-PROGRAMS = Path(__file__).resolve().parents[2] / "benchmarks"
 LITTLE = "--training.max-steps 2 --widths [16,16] --head-dim 16 --depths [1,1] --pools [16] --clips.batch-tokens 4096"
 
 
@@ -38,7 +36,6 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def rows_of(trained, monkeypatch):
     """What the program records when it is given a model and options."""
-    monkeypatch.syspath_prepend(PROGRAMS)
     import spoken_digits
 
     def run(model, *options):

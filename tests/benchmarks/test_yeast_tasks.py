@@ -1,19 +1,16 @@
 """The tasks of yeast ask what they say, on either strand."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from Bio.Seq import Seq
 
 from seqmodels.tasks.genomics.intervals import Interval
 
-PROGRAMS, LONG = Path(__file__).resolve().parents[2] / "benchmarks", 3000
+LONG = 3000
 
 
 @pytest.fixture
-def program(monkeypatch):
-    monkeypatch.syspath_prepend(PROGRAMS)
+def program():
     import yeast_tasks
 
     return yeast_tasks
