@@ -1,10 +1,11 @@
-"""Measures what costs.py counts with, on a GPU: a copy's bytes, matrix products, FMA, and steps of a scan, per second.
+"""Measures what a GPU does at best: a copy's bytes, matrix products, FMA, and steps of a scan, per second.
 
     python benchmarks/ceilings.py        # writes benchmarks/results/h200/ceilings.json
 
 The two kernels here compute in registers alone, on eight numbers per thread, on random data, in as many programs as a
 GPU of 132 multiprocessors holds at once (more come in waves, the last of which is not full); timing.py says how times
-are taken. A matrix product of (m, m) counts as 2 m^3, an FMA as one, a step as one exp2 and five FMA or products.
+are taken, and costs.py which of these are limits. A matrix product of (m, m) counts as 2 m^3, an FMA as one, a step as
+one exp2 and five FMA or products.
 """
 
 import argparse
