@@ -112,7 +112,10 @@ SIZES = {
     "scaling_law": Sizes(
         "$LONGSEQ_DATA/genomes/enterobacteria runs/scaling-law --device cpu --widths 16 --contexts 256 1024 "
         "--context-width 16 --tokens 131072 --step 8192 --validated 65536",
-        "$LONGSEQ_DATA/genomes/enterobacteria runs/scaling-law",
+        "\n".join(
+            f"$LONGSEQ_DATA/genomes/enterobacteria runs/scaling-law {words}"
+            for words in ("--seed 0", "--seed 1", "--seed 2", "--tokens 50331648")
+        ),
     ),
     "sequence_parallel": Sizes("--device cpu --layers 2 --lengths 4096"),
     "species": Sizes(
