@@ -90,7 +90,7 @@ def recipe(
         )  # fmt: skip
     if task == "copying":
         length, size_of = length or 64, {"memorise": 4, "vocabulary": 8}
-        stages = tuple({"length": part, **size_of} for part in _doubling(shortest or length, length))
+        stages = tuple({"length": part, **size_of} for part in _doubling(shortest, length))
         return Recipe(
             stages=stages, tests=stages[-1:], test_tokens=1 << 14, d_model=32, batch=32, steps=3000,
             learning_rate=2e-3, final_rate=1 / 8, warmup=0.1,
@@ -98,15 +98,15 @@ def recipe(
     if task == "induction" and size == "gpu":  # Mamba paper, 4.1.2 and E.1: 25 "epochs" of 8,192 steps
         longest = 14 if mixer == "attention" else 20
         return Recipe(
-            stages=({"length": length or 256},), tests=tuple({"length": 1 << k} for k in range(6, longest + 1)),
-            test_tokens=1 << 26, d_model=64 if mamba else 128, batch=8, steps=25 * 8192,
-            learning_rate=1e-3 if mamba else 2e-4,
+            stages=tuple({"length": part} for part in _doubling(shortest, length or 256)),
+            tests=tuple({"length": 1 << k} for k in range(6, longest + 1)), test_tokens=1 << 26,
+            d_model=64 if mamba else 128, batch=8, steps=25 * 8192, learning_rate=1e-3 if mamba else 2e-4,
         )  # fmt: skip
     if task == "induction":
         return Recipe(
-            stages=({"length": length or 64},), tests=tuple({"length": 1 << k} for k in range(6, 13)),
-            test_tokens=1 << 14, d_model=32, batch=16, steps=1200,
-            learning_rate=5e-3 if mamba else 2e-3,
+            stages=tuple({"length": part} for part in _doubling(shortest, length or 64)),
+            tests=tuple({"length": 1 << k} for k in range(6, 13)), test_tokens=1 << 14, d_model=32, batch=16,
+            steps=1200, learning_rate=5e-3 if mamba else 2e-3,
         )  # fmt: skip
     if size == "gpu":  # Mamba-2 paper, D.1: 8 epochs of 4 sets of 2^18 sequences, 2^18 tokens at a time
         length = length or 256
@@ -123,8 +123,9 @@ def recipe(
     )  # fmt: skip
 
 
-def _doubling(shortest: int, longest: int) -> list[int]:
-    """shortest, 2 shortest, 4 shortest, ... below longest, and longest."""
+def _doubling(shortest: int | None, longest: int) -> list[int]:
+    """shortest, 2 shortest, 4 shortest, ... below longest, and longest; longest alone without shortest."""
+    shortest = shortest or longest
     return [*itertools.takewhile(lambda length: length < longest, (shortest << k for k in itertools.count())), longest]
 
 
@@ -248,8 +249,8 @@ def recall(
         d_state: State size of mamba (16), mamba2 (64) or s4d (64).
         window: Steps that a sliding window sees; by default a quarter of the length that is trained.
         length: Length of the training sequences.
-        shortest: Length of the shortest of them, for copying: lengths from it to --length, each twice the one before,
-            take turns. By default 64 for --size gpu, where the paper's are all of one length.
+        shortest: Length of the shortest of them, not for mqar: lengths from it to --length, each twice the one before,
+            take turns. By default 64 for copying with --size gpu, where the paper's are all of one length.
         batch: Sequences per step.
         steps: Steps of the optimizer.
         learning_rate: Highest learning rate.
@@ -269,9 +270,11 @@ def recall(
         if given.get(name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; expected at least 1")
     on = choose_device(device)
-    if shortest is not None and task != "copying":
-        raise InputError(f"--shortest is for --task copying, not for {task}; leave it out")
+    if shortest is not None and task == "mqar":
+        raise InputError("--shortest is for copying and induction, not for --task mqar; leave it out")
     how = recipe(task, mixer, size, length, shortest)
+    if shortest is not None and shortest > (longest := how.stages[-1]["length"]):
+        raise InputError(f"--shortest is {shortest}, but the longest sequence has {longest} steps; give at most that")
     changes = {name: given[name] for name in ("d_model", "batch", "steps", "learning_rate") if name in given}
     how = replace(how, **changes)
     config = backbone(task, mixer, how.d_model, d_state, window or max(1, how.stages[-1]["length"] // 4))

@@ -75,6 +75,12 @@ def test_copying_learns_from_lengths_that_take_turns_and_is_tested_at_the_last()
     assert [stage["length"] for stage in recipe("copying", "mamba", "gpu", None, 4096).stages] == [4096]
 
 
+def test_induction_learns_at_one_length_or_from_shorter_ones_too():
+    assert [stage["length"] for stage in recipe("induction", "mamba", "gpu").stages] == [256]
+    assert [stage["length"] for stage in recipe("induction", "mamba", "gpu", None, 64).stages] == [64, 128, 256]
+    assert [stage["length"] for stage in recipe("induction", "mamba", "laptop", None, 16).stages] == [16, 32, 64]
+
+
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2", "s4d", "attention", "window", "lstm"])
 def test_reading_in_stretches_gives_the_answers_of_one_pass(mixer):
     config = backbone("induction", mixer, 16, None, 5)
@@ -114,7 +120,8 @@ def test_a_small_model_learns_induction_heads_also_beyond_the_length_it_was_trai
         (["--mixer", "lstm", "--d-state", "4"], "lstm has no state of that kind"),
         (["--steps", "0"], "--steps is 0; expected at least 1"),
         (["--task", "mqar", "--length", "8"], "give fewer pairs"),
-        (["--shortest", "8"], "--shortest is for --task copying, not for induction"),
+        (["--task", "mqar", "--shortest", "8"], "--shortest is for copying and induction, not for --task mqar"),
+        (["--shortest", "80"], "--shortest is 80, but the longest sequence has 64 steps"),
         (["--mixer", "attention", "--d-model", "12"], "choose num_heads"),
     ],
 )
