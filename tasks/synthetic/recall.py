@@ -34,7 +34,7 @@ LAYERS = 2  # as in all three tables
 GROUP = 64  # sequences of a test that are drawn together
 MEASURED = (  # what tells results apart
     "task", "mixer", "size", "seed", "d_model", "d_state", "window", "length", "shortest", "batch", "steps",
-    "learning_rate",
+    "learning_rate", "warmup",
 )  # fmt: skip
 
 
@@ -226,6 +226,7 @@ def recall(
     batch: int | None = None,
     steps: int | None = None,
     learning_rate: float | None = None,
+    warmup: float | None = None,
     run: Path | None = None,
     output: Path | None = None,
     device: Device = "auto",
@@ -254,6 +255,7 @@ def recall(
         batch: Sequences per step.
         steps: Steps of the optimizer.
         learning_rate: Highest learning rate.
+        warmup: Part of the steps in which the learning rate rises, from 0 to below 1.
         run: Folder for checkpoints, logs and the model, in which a stopped run goes on; by default a temporary one.
         output: JSON file to which the result is added; by default benchmarks/results/[GPU/]recall.json in a checkout,
             recall.json here otherwise.
@@ -269,13 +271,15 @@ def recall(
     for name in ("d_model", "d_state", "window", "length", "shortest", "batch", "steps"):
         if given.get(name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; expected at least 1")
+    if not 0 <= given.get("warmup", 0) < 1:
+        raise InputError(f"--warmup is {warmup}; expected a part of the steps, from 0 to below 1")
     on = choose_device(device)
     if shortest is not None and task == "mqar":
         raise InputError("--shortest is for copying and induction, not for --task mqar; leave it out")
     how = recipe(task, mixer, size, length, shortest)
     if shortest is not None and shortest > (longest := how.stages[-1]["length"]):
         raise InputError(f"--shortest is {shortest}, but the longest sequence has {longest} steps; give at most that")
-    changes = {name: given[name] for name in ("d_model", "batch", "steps", "learning_rate") if name in given}
+    changes = {name: given[name] for name in ("d_model", "batch", "steps", "learning_rate", "warmup") if name in given}
     how = replace(how, **changes)
     config = backbone(task, mixer, how.d_model, d_state, window or max(1, how.stages[-1]["length"] // 4))
     for sizes in (*how.stages, *how.tests):
@@ -295,7 +299,7 @@ def recall(
         "task": task, "mixer": mixer, "size": size, "seed": seed, "d_model": how.d_model,
         "d_state": getattr(config.layers[0], "d_state", None), "window": getattr(config.layers[0], "window", None),
         "length": longest, "shortest": first if first < longest else None, "batch": how.batch, "steps": how.steps,
-        "learning_rate": how.learning_rate,
+        "learning_rate": how.learning_rate, "warmup": how.warmup,
         "parameters": sum(p.numel() for p in model.parameters()), "tests": tested,
         "seconds": {"training": round(trained_in, 1), "tests": round(time.perf_counter() - began, 1)},
         "gpu": gpu, "versions": versions(), "commit": commit(), "command": _command(given),

@@ -100,12 +100,13 @@ def test_a_small_model_learns_induction_heads_also_beyond_the_length_it_was_trai
     monkeypatch.setattr(recall, "recipe", lambda *given: dataclasses.replace(recipe(*given), **changes))
     output = tmp_path / "recall.json"
     words = ["bench", "recall", "--mixer", "mamba2", "--d-state", "16", "--device", "cpu"]
-    words += ["--batch", "32", "--steps", "50", "--learning-rate", "0.02"]
+    words += ["--batch", "32", "--steps", "50", "--learning-rate", "0.02", "--warmup", "0.04"]
     words += ["--output", str(output), "--run", str(tmp_path / "run")]
     assert main(words) == 0
     (row,) = json.loads(output.read_text())
     assert [test["accuracy"] > 0.9 for test in row["tests"]] == [True, True]
-    assert (row["mixer"], row["d_state"], row["batch"], row["steps"]) == ("mamba2", 16, 32, 50)
+    said = {"mixer": "mamba2", "d_state": 16, "batch": 32, "steps": 50, "learning_rate": 0.02, "warmup": 0.04}
+    assert {name: row[name] for name in said} == said
     assert {"versions", "commit", "gpu", "seconds", "parameters"} <= row.keys()
     assert str(output) in capsys.readouterr().out
     assert main(words) == 0  # goes on where the run has stopped, at its end, and takes the place of its row
@@ -119,6 +120,7 @@ def test_a_small_model_learns_induction_heads_also_beyond_the_length_it_was_trai
         (["--task", "reversal"], "--task"),
         (["--mixer", "lstm", "--d-state", "4"], "lstm has no state of that kind"),
         (["--steps", "0"], "--steps is 0; expected at least 1"),
+        (["--warmup", "1"], "--warmup is 1.0; expected a part of the steps"),
         (["--task", "mqar", "--length", "8"], "give fewer pairs"),
         (["--task", "mqar", "--shortest", "8"], "--shortest is for copying and induction, not for --task mqar"),
         (["--shortest", "80"], "--shortest is 80, but the longest sequence has 64 steps"),
